@@ -1,0 +1,123 @@
+"""The one place that writes to the terminal: rank-aware, one line per fact in logs, live bars only on a terminal.
+
+Results go to standard output, everything else to standard error, so that output can be piped. Only rank 0 speaks,
+except through `report_error`.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llamapro.errors import LlamaproError
+
+LOG_INTERVAL_SECONDS = 30.0
+RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+
+
+def process_rank() -> int:
+    """The rank of this process as its launcher states it; 0 outside a launcher."""
+    for variable in RANK_VARIABLES:
+        if value := os.environ.get(variable):
+            return int(value)
+    return 0
+
+
+def info(message: str) -> None:
+    """Say one fact to the person watching (standard error, rank 0 only)."""
+    if process_rank() == 0:
+        _stderr().print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def warning(message: str) -> None:
+    """Say something the user should act on (standard error, rank 0 only)."""
+    if process_rank() == 0:
+        _stderr().print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+
+
+def result(text: str) -> None:
+    """Print a command's result (standard output, rank 0 only)."""
+    if process_rank() == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a result table (standard output, rank 0 only). Cells are shown with `str`; numbers align right."""
+    if process_rank() != 0:
+        return
+    grid = Table(title=title, title_justify="left", show_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        grid.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    Console(soft_wrap=False).print(grid)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "items") -> Iterator[Callable[[int], None]]:
+    """Show the progress of one job; yields `advance(amount)`.
+
+    A live bar with ETA on a terminal; elsewhere one line every 30 s and one at the end, so logs stay readable.
+
+    Args:
+        total: the amount at which the job is done, in `unit`.
+        unit: "bytes" shows sizes and bytes/s; anything else is printed after the counts.
+    """
+    if process_rank() != 0:
+        yield lambda amount: None
+    elif _stderr().is_terminal:
+        with _live_bar(unit) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda amount: bar.advance(task, amount)
+    else:
+        with _logged_progress(description, total, unit) as advance:
+            yield advance
+
+
+def report_error(error: LlamaproError) -> None:
+    """Print a user-facing error (standard error, on every rank that calls it)."""
+    _stderr().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _is_number(cell: object) -> bool:
+    text = str(cell).strip().rstrip("%").replace(",", "")
+    try:
+        float(text)
+    except ValueError:
+        return text in {"", "-", "–"}
+    return True
+
+
+def _live_bar(unit: str) -> Progress:
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TextColumn("ETA"), TimeRemainingColumn())
+    return Progress(*columns, console=_stderr())
+
+
+@contextmanager
+def _logged_progress(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(amount: int) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= LOG_INTERVAL_SECONDS and done:
+            last = now
+            left = (now - start) / done * (total - done)
+            info(f"{description}: {done:,} of {total:,} {unit}, {left:.0f} s left")
+
+    yield advance
+    info(f"{description}: {done:,} {unit} in {time.monotonic() - start:.1f} s")
