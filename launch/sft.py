@@ -1,0 +1,11 @@
+"""Instruction-tune a model, all of it by default: `deepspeed launch/sft.py --config RUN.yaml`."""
+
+import sys
+
+from llamapro.engine.environment import prepare_environment
+
+if __name__ == "__main__":
+    prepare_environment()  # before torch and deepspeed are imported: both read it on import
+    from llamapro.training.entry import main
+
+    sys.exit(main("sft"))

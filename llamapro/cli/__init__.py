@@ -1,0 +1,1 @@
+"""The `llamapro` command: one file per sub-command."""
