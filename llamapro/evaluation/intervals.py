@@ -1,0 +1,42 @@
+"""Ratios of sums with their 95 % confidence intervals.
+
+Loss per token, bits per byte and relative change are all Σ aᵢ / Σ bᵢ over rows i. Rows (packed windows of held-out text)
+are taken as independent; the interval is the normal approximation of the ratio estimator (W. G. Cochran, *Sampling
+Techniques*, 3rd ed., ch. 6): standard error √(n/(n−1) · Σ (aᵢ − R·bᵢ)²) / Σ bᵢ. No randomness, no order dependence.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NORMAL_975 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value; with 95 % confidence it lies within `value` ± `half_width` (None: one row says nothing)."""
+
+    value: float
+    half_width: float | None
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval; minus infinity where there is none."""
+        return -math.inf if self.half_width is None else self.value - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval; infinity where there is none."""
+        return math.inf if self.half_width is None else self.value + self.half_width
+
+
+def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Σ numerators / Σ denominators over rows, with its interval. The sum of the denominators must not be zero."""
+    total = math.fsum(denominators)
+    ratio = math.fsum(numerators) / total
+    rows = len(numerators)
+    if rows < 2:
+        return Estimate(ratio, None)
+    pairs = zip(numerators, denominators, strict=True)
+    squares = math.fsum((above - ratio * below) ** 2 for above, below in pairs)
+    return Estimate(ratio, NORMAL_975 * math.sqrt(rows / (rows - 1) * squares) / abs(total))
