@@ -1,0 +1,90 @@
+"""When a run saves, what goes into a checkpoint, and what happens when a save fails.
+
+A failed save (full disk, one rank's I/O error) is aborted on every rank and training goes on; after
+`MAX_FAILED_SAVES` in a row the run stops, because nothing would be left of its work.
+"""
+
+import dataclasses
+import time
+
+from llamapro import console
+from llamapro.checkpoint.discover import prune
+from llamapro.checkpoint.frozen import prove_frozen
+from llamapro.checkpoint.save import SaveFailed, save_checkpoint
+from llamapro.errors import CheckFailed
+from llamapro.training.progress import Progress
+from llamapro.training.session import Session
+
+MAX_FAILED_SAVES = 3
+
+
+class Saver:
+    """Saves a run's state at the configured steps and minutes."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._last_time = time.monotonic()
+        self._saved_step: int | None = None
+        self._failed_in_a_row = 0
+
+    def due(self, progress: Progress) -> bool:
+        """Whether to save now: the same answer on every rank, although only rank 0's clock counts."""
+        session, settings = self._session, self._session.config.checkpoint
+        last = progress.step == session.plan.steps
+        late = settings.every_minutes is not None and time.monotonic() - self._last_time >= 60 * settings.every_minutes
+        return last or progress.step % settings.every_steps == 0 or session.ranks.any(late and session.ranks.rank == 0)
+
+    def save(self, progress: Progress) -> None:
+        """Prove the frozen weights, commit a checkpoint of this progress, delete what is not kept.
+
+        Raises:
+            CheckFailed: a frozen tensor changed, or too many saves failed in a row.
+        """
+        if self._saved_step == progress.step or progress.step == 0:
+            return
+        prove(self._session)
+        try:
+            self._commit(progress)
+        except SaveFailed as error:
+            self._failed_in_a_row += 1
+            self._session.metrics.event("save failed", step=progress.step, reason=str(error))
+            console.warning(f"{error} (failure {self._failed_in_a_row} of at most {MAX_FAILED_SAVES} in a row)")
+            if self._failed_in_a_row >= MAX_FAILED_SAVES:
+                raise CheckFailed(f"{MAX_FAILED_SAVES} saves in a row failed, the last because: {error}") from error
+            return
+        self._failed_in_a_row = 0
+        self._saved_step = progress.step
+        self._last_time = time.monotonic()
+
+    def _commit(self, progress: Progress) -> None:
+        session = self._session
+        start = time.monotonic()
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "identity": session.identity.model_dump(mode="json"),
+            "stages": [dataclasses.asdict(stage) for stage in session.stream.stages],
+            "guard": session.guard.state(),
+        }
+        root = session.folder.checkpoints
+        path = save_checkpoint(root, progress.step, session.engine, state, session.record, session.ranks)
+        settings = session.config.checkpoint
+        if session.ranks.rank == 0:
+            prune(root, settings.keep, settings.keep_every_steps)
+        seconds = time.monotonic() - start
+        session.metrics.event("save", step=progress.step, seconds=round(seconds, 3))
+        console.info(f"saved {path} in {seconds:.1f} s")
+
+
+def prove(session: Session) -> None:
+    """Compare the live frozen weights with the record, on every rank, and say the result in one line.
+
+    Raises:
+        CheckFailed: naming the first tensors that differ.
+    """
+    if session.record is None:
+        return
+    proof = prove_frozen(session.engine.frozen_slices(), session.record, session.ranks)
+    session.metrics.event("proof", equal=proof.equal, total=proof.total)
+    if proof.different:
+        raise CheckFailed(f"frozen weights changed: {', '.join(proof.different[:5])}; nothing was saved")
+    console.info(str(proof))
