@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from llamapro.errors import LlamaproError
+from llamapro.errors import EXIT_RETRY, CheckFailed, Corrupted, LlamaproError, RetryLater, UserError
 
 LOG_INTERVAL_SECONDS = 30.0
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
@@ -82,12 +82,42 @@ def progress(description: str, total: int, unit: str = "items") -> Iterator[Call
 
 
 def report_error(error: LlamaproError) -> None:
-    """Print a user-facing error (standard error, on every rank that calls it)."""
-    _stderr().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+    """Print a user-facing error on standard error: once per job for what all ranks share, else naming the rank."""
+    rank = process_rank()
+    if rank == 0:
+        _stderr().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+    elif not _shared_by_all_ranks(error):
+        _stderr().print(f"error on rank {rank}: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+
+
+def guarded(work: Callable[[], int], *, debug: bool) -> int:
+    """Run `work`; a typed error becomes one message on standard error and the exit code that it stands for.
+
+    Args:
+        debug: let the error through with its traceback instead.
+    """
+    try:
+        return work()
+    except LlamaproError as error:
+        if debug:
+            raise
+        report_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        warning("interrupted; nothing half-written was kept, the same command starts again or continues")
+        return EXIT_RETRY
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
 
 
 def _stderr() -> Console:
     return Console(stderr=True)
+
+
+def _shared_by_all_ranks(error: LlamaproError) -> bool:
+    """Usage and configuration errors, agreed stops and guards are raised alike everywhere; corruption may be local."""
+    return isinstance(error, UserError | CheckFailed | RetryLater) and not isinstance(error, Corrupted)
 
 
 def _is_number(cell: object) -> bool:

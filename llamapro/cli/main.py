@@ -7,12 +7,11 @@ imported only when it is called, so `llamapro expand` starts without torch. Its 
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import llamapro
 from llamapro import console
-from llamapro.errors import EXIT_RETRY, LlamaproError
 
 COMMANDS = {
     "expand": "grow a model by zero-initialized copies of some of its blocks",
@@ -38,24 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
     parsed = parser.parse_args(arguments[1:])
-    return guarded(lambda: int(command.run(parsed)), debug=parsed.debug)
-
-
-def guarded(work: Callable[[], int], *, debug: bool) -> int:
-    """Run `work`; a typed error becomes one message on standard error and the exit code that it stands for."""
-    try:
-        return work()
-    except LlamaproError as error:
-        if debug:
-            raise
-        console.report_error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.warning("interrupted; nothing half-written was kept, the same command starts again or continues")
-        return EXIT_RETRY
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    return console.guarded(lambda: int(command.run(parsed)), debug=parsed.debug)
 
 
 def _outer_parser() -> argparse.ArgumentParser:
