@@ -1,0 +1,33 @@
+"""Section `checkpoint`: what a crash can cost, and what a resumed run may change."""
+
+from typing import Annotated, Literal
+
+from pydantic import Strict
+
+from llamapro.config.base import Count, FilePath, Positive, Section
+
+
+class CheckpointConfig(Section):
+    """What a crash can cost, and what a resumed run may change."""
+
+    every_steps: Count | None = 500
+    """Optimizer steps between checkpoints; null: by time only. The last step always saves one."""
+
+    every_minutes: Positive | None = 30.0
+    """Minutes between checkpoints; null: by steps only."""
+
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+
+    keep_every_steps: Count | None = None
+    """Also keep every checkpoint whose step is a multiple of this; null: none."""
+
+    resume: Literal["auto"] = "auto"
+    """auto: a run folder with a valid checkpoint continues from the newest; one whose checkpoints are all damaged is
+    refused rather than started afresh."""
+
+    start_from: FilePath | None = None
+    """Checkpoint whose weights and optimizer state a new run begins with; ignored once the run has its own."""
+
+    accept: Annotated[tuple[Literal["schedule", "optimizer"], ...], Strict(False)] = ()
+    """Sections that a resumed run may change although they change what is learned."""
