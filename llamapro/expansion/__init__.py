@@ -1,0 +1,1 @@
+"""Block expansion on disk: layout, families, the record, expand and verify. Works on bytes in files."""
