@@ -1,0 +1,4 @@
+"""A transformers model made ready for training: block kinds, frozen linears, attention, loss, what is trainable.
+
+Knows nothing of ranks and nothing of DeepSpeed.
+"""

@@ -1,0 +1,82 @@
+"""The three kinds of blocks in training, and blocks switched off.
+
+Prefix blocks, below the lowest one that learns, run without autograd and keep nothing. Frozen blocks above it compute
+gradients of their inputs only, and their linears keep no inputs. Trainable blocks do everything.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamapro.modeling.linear import freeze_linear
+from llamapro.modeling.trainable import TrainableSet
+
+
+class BlockKind(Enum):
+    """What a block takes part in."""
+
+    PREFIX = "prefix"
+    FROZEN = "frozen"
+    TRAINABLE = "trainable"
+
+
+def kind_of(block: int, trainable: TrainableSet) -> BlockKind:
+    """The kind of a block under a choice of what learns."""
+    if trainable.includes(block):
+        return BlockKind.TRAINABLE
+    if trainable.lowest is None or block < trainable.lowest:
+        return BlockKind.PREFIX
+    return BlockKind.FROZEN
+
+
+def prepare_blocks(blocks: nn.ModuleList, trainable: TrainableSet) -> None:
+    """Make every block of the decoder of its kind, in place; parameter names don't change."""
+    for index, block in enumerate(blocks):
+        kind = kind_of(index, trainable)
+        block.__class__ = _with_kind(type(block))
+        block.kind, block.bypassed = kind, False  # type: ignore[assignment]
+        if kind is not BlockKind.TRAINABLE:
+            for module in block.modules():
+                if type(module) is nn.Linear:
+                    freeze_linear(module)
+
+
+@contextmanager
+def bypass(blocks: nn.ModuleList, indices: Iterable[int]) -> Iterator[None]:
+    """While it lasts, these blocks pass their residual stream straight on; nested uses add up."""
+    chosen = [blocks[index] for index in indices]
+    before = [block.bypassed for block in chosen]
+    for block in chosen:
+        block.bypassed = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block, state in zip(chosen, before, strict=True):
+            block.bypassed = state
+
+
+class _KindOfBlock:
+    """Mixed into a decoder block's class before it."""
+
+    kind: BlockKind
+    bypassed: bool
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(rows, S, hidden) → the same shape, or what the block itself returns."""
+        if self.bypassed:
+            return hidden_states
+        whole_forward = super().forward  # type: ignore[misc]
+        if self.kind is BlockKind.PREFIX:
+            with torch.no_grad():
+                return whole_forward(hidden_states, *args, **kwargs)
+        return whole_forward(hidden_states, *args, **kwargs)
+
+
+@functools.cache
+def _with_kind(block_class: type[nn.Module]) -> type[nn.Module]:
+    return type(block_class.__name__, (_KindOfBlock, block_class), {})

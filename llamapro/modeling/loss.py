@@ -1,0 +1,136 @@
+"""Cross-entropy from hidden states, a few tokens at a time, so that full-sequence float32 logits never exist.
+
+The head module computes the loss itself: one call of the module, whatever the number of chunks, so that DeepSpeed's
+stage 3 gathers its weight once. The forward pass already forms the gradient of each chunk (the loss is a sum, so the
+backward pass only scales it): nothing is computed twice, and what is kept is as large as the hidden states.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamapro.modeling.linear import frozen_linear, plain_linear
+
+IGNORED_LABEL = -100
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+
+
+class LossHead(nn.Linear):
+    """The output projection, able to return the loss instead of logits. Made from an `nn.Linear` by `make_loss_head`."""
+
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits, or with labels the loss.
+
+        Args:
+            input: (…, hidden) final hidden states.
+            labels: (…) int64, the target of each position; -100 where there is none.
+
+        Returns:
+            (…, vocabulary) logits; with labels the scalar float32 sum of all token losses, differentiable, and the
+            (…) float32 token losses, not differentiable, 0 where there is no target.
+        """
+        if labels is not None:
+            return cross_entropy(input, self.weight, self.bias, labels)
+        linear = plain_linear if self.weight.requires_grad else frozen_linear
+        return linear(input, self.weight, self.bias)
+
+
+def make_loss_head(linear: nn.Linear) -> None:
+    """Turn an output projection into a `LossHead` in place; names, parameters and hooks stay."""
+    linear.__class__ = LossHead
+
+
+def cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of `LossHead.forward`. Softmax in float32, also where hidden states and weight are bf16."""
+    states, targets = hidden.flatten(0, -2), labels.flatten()
+    chosen = None
+    if states.device.type == "cpu":  # elsewhere selecting would wait for the device and change shapes every batch
+        chosen = (targets != IGNORED_LABEL).nonzero().flatten()
+        states, targets = states[chosen], targets[chosen]
+    loss_sum, losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        states, weight, bias, targets, torch.is_grad_enabled()
+    )
+    if chosen is not None:
+        losses = losses.new_zeros(labels.numel()).index_copy_(0, chosen, losses)
+    return loss_sum, losses.view(labels.shape)
+
+
+class _Gradients:
+    """Gradients of the summed loss, filled chunk by chunk; weight and bias accumulate in float32."""
+
+    def __init__(
+        self, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: tuple[bool, ...]
+    ) -> None:
+        self.states = torch.empty_like(states) if needed[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+
+    def add(self, chunk: slice, logits: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> None:
+        """Add one chunk from the gradient of its logits, in the dtype of the states."""
+        if self.states is not None:
+            torch.mm(logits, weight, out=self.states[chunk])
+        if self.weight is not None:
+            self.weight += logits.t().mm(states)
+        if self.bias is not None:
+            self.bias += logits.sum(0, dtype=torch.float32)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        with_gradients: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needed = tuple(with_gradients and need for need in ctx.needs_input_grad[:3])
+        gradients = _Gradients(states, weight, bias, needed)
+        losses = torch.empty_like(targets, dtype=torch.float32)
+        rows = _chunk_rows(states.device, weight.shape[0])
+        for low in range(0, len(states), rows):
+            chunk = slice(low, low + rows)
+            logits = plain_linear(states[chunk], weight, bias)
+            losses[chunk], logits_gradient = _token_losses(logits, targets[chunk], any(needed))
+            if logits_gradient is not None:
+                gradients.add(chunk, logits_gradient.to(states.dtype), states[chunk], weight)
+        ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, weight, bias = ctx.saved_tensors
+        scale = output_gradients[0]
+        scaled_states = None if states is None else (states.float() * scale).to(states.dtype)
+        scaled_weight, scaled_bias = (
+            None if total is None else (total * scale).to(ctx.weight_dtype) for total in (weight, bias)
+        )
+        return scaled_states, scaled_weight, scaled_bias, None, None
+
+
+def _token_losses(
+    logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss of each row of logits, and its float32 gradient; both 0 where there is no target."""
+    scored = targets != IGNORED_LABEL
+    columns = targets.clamp(min=0).unsqueeze(1)
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    losses = log_probabilities.gather(1, columns).squeeze(1).neg().masked_fill(~scored, 0.0)
+    if not with_gradient:
+        return losses, None
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=torch.float32))
+    return losses, gradient.mul_(scored.unsqueeze(1))
+
+
+def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+    elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    return max(1, elements // vocabulary)

@@ -1,0 +1,99 @@
+"""The model that the engine trains: a transformers model whose forward pass is the loss of packed rows."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llamapro.modeling.attention import AttentionChoice, pack_documents
+from llamapro.modeling.blocks import bypass
+from llamapro.modeling.loss import IGNORED_LABEL
+from llamapro.modeling.trainable import TrainableSet
+
+HF_PREFIX = "hf."
+
+
+class LossOutput(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+        loss_sum: scalar float32, the sum of all token losses in nats; differentiable, also when no token has a target.
+        row_loss_sums: (rows,) float32, detached.
+        row_tokens: (rows,) int64, target tokens of each row.
+    """
+
+    loss_sum: torch.Tensor
+    row_loss_sums: torch.Tensor
+    row_tokens: torch.Tensor
+
+
+class LanguageModel(nn.Module):
+    """A transformers model made ready by `build_model`.
+
+    Attributes:
+        hf: the transformers model; its names are those of the files.
+        decoder_prefix: name of the decoder's list of blocks in `hf`, with its closing dot.
+        trainable: what learns.
+        attention: the attention kernel in use, and why.
+    """
+
+    def __init__(
+        self, hf: PreTrainedModel, decoder_prefix: str, trainable: TrainableSet, attention: AttentionChoice
+    ) -> None:
+        super().__init__()
+        self.hf = hf
+        self.decoder_prefix = decoder_prefix
+        self.trainable = trainable
+        self.attention = attention
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's own list of blocks."""
+        blocks = self.hf.get_submodule(self.decoder_prefix.removesuffix("."))
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> LossOutput:
+        """The loss of packed rows.
+
+        Args:
+            input_ids: (rows, S) int64.
+            labels: (rows, S) int64, already shifted: the target of each position, -100 where there is none.
+            position_ids: (rows, S) int64; a document begins wherever they don't go on by one.
+        """
+        head = self.hf.get_output_embeddings()
+        loss_sum, token_losses = head(self.hidden_states(input_ids, position_ids), labels)
+        return LossOutput(loss_sum, token_losses.sum(1), (labels != IGNORED_LABEL).sum(1))
+
+    def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(rows, S, vocabulary) logits of packed rows, in the model's dtype: for checks on short inputs."""
+        logits: torch.Tensor = self.hf.get_output_embeddings()(self.hidden_states(input_ids, position_ids))
+        return logits
+
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(rows, S, hidden) states after the final norm."""
+        documents = pack_documents(position_ids, self.attention)
+        output = self.hf.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, documents=documents
+        )
+        states: torch.Tensor = output.last_hidden_state
+        return states
+
+    def bypassed(self, blocks: Iterable[int]) -> AbstractContextManager[None]:
+        """While the context lasts, these blocks pass their residual stream straight on.
+
+        With every new block bypassed an expanded model is its base.
+        """
+        return bypass(self.blocks, blocks)
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that learn, by their names in `hf`, in the model's order; shared ones once."""
+        return [(name, parameter) for name, parameter in self.hf.named_parameters() if parameter.requires_grad]
+
+    def name_in_hf(self, parameter_name: str) -> str:
+        """The name in `hf`, and in the files, of a parameter of this module."""
+        assert parameter_name.startswith(HF_PREFIX), parameter_name
+        return parameter_name[len(HF_PREFIX) :]
