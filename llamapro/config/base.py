@@ -1,7 +1,7 @@
 """What every section shares: frozen, closed to unknown keys, strict about types, documented field by field."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
@@ -17,6 +17,12 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Join the lines of each field's docstring: they are wrapped again wherever they are shown."""
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
 
 
 Count = Annotated[int, Field(gt=0)]

@@ -37,8 +37,8 @@ class DataConfig(Section):
     """Tokens in a sequence. Changing it never tokenizes again; only a small pack plan is made."""
 
     packing: Literal["bestfit", "concat", "document"] = "bestfit"
-    """How documents fill sequences: bestfit (whole documents, best-fit; only longer ones are cut), concat (one after
-    another, cut where a sequence ends), document (one document a sequence, padded). Attention never crosses documents."""
+    """How documents fill sequences: bestfit (whole documents, best fit; only longer ones are cut), concat (one after
+    another, cut where a sequence ends), document (one a sequence, padded). Attention never crosses documents."""
 
     sources: Annotated[dict[Name, SourceConfig], Field(min_length=1)]
     """Datasets by name, each with a path and either a weight or a repeat."""

@@ -1,7 +1,10 @@
 """A run configuration from a file and a command line: all of it valid, or every problem at once."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from ruamel.yaml import YAML
 
 from llamapro.config.help import print_help
 from llamapro.config.overrides import apply_overrides, parse_overrides
@@ -38,3 +41,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         print_help(config, path)
         raise SystemExit(0)
     return config
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML, every setting spelled out; `load_config` gives the same object back."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(config.model_dump(mode="json"), text)
+    return text.getvalue()

@@ -61,7 +61,6 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[Override]) -> tu
 
 def _append(flag: str, texts: Sequence[str], found: list[Override], problems: list[str]) -> None:
     path = tuple(flag.removeprefix("--").split("."))
-    path = (path[0].replace("-", "_"), *path[1:])
     if not texts:
         problems.append(f"{flag} has no value; write {flag} VALUE")
         return
@@ -79,12 +78,18 @@ def _repeated(overrides: Sequence[Override]) -> list[str]:
 
 def _descend(inner: Any, key: str) -> Any:
     if isinstance(inner, dict):
-        if inner.get(key) is None:
-            inner[key] = {}
-        return inner[key]
+        name = _spelled(inner, key)
+        if inner.get(name) is None:
+            inner[name] = {}
+        return inner[name]
     if isinstance(inner, list) and (index := _index(inner, key)) is not None:
         return inner[index]
     return None
+
+
+def _spelled(holder: dict[str, Any], key: str) -> str:
+    """The key as the file spells it: the help shows every hyphen as an underscore."""
+    return next((name for name in holder if str(name).replace("-", "_") == key), key)
 
 
 def _index(items: list[Any], key: str) -> int | None:

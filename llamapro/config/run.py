@@ -18,7 +18,7 @@ class RunSection(Section):
     """Seed of the data order and of every random number; each step seeds every rank from (seed, step, rank)."""
 
     stop_after_minutes: Positive | None = None
-    """Save and stop with exit code 75 after this many minutes, so that a job ends before its time limit; null: never."""
+    """Minutes after which the run saves and stops with exit code 75, e.g. before its time limit; null: never."""
 
     grace_seconds: Positive = 25.0
     """Seconds from a stop signal to a forced exit when no step boundary is reached."""
