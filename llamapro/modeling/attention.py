@@ -133,8 +133,10 @@ def attend(
         raise ModelRefused(f"{type(module).__name__} needs {', '.join(unsupported) or 'dropout'} in attention")
     rows, heads, length, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
-    flat = (states.transpose(1, 2).reshape(rows * length, -1, states.shape[-1]) for states in (query, key, value))
-    output = documents.kernel(*flat, documents, scale, sliding_window)
+    flat_query, flat_key, flat_value = (
+        states.transpose(1, 2).reshape(rows * length, -1, states.shape[-1]) for states in (query, key, value)
+    )
+    output = documents.kernel(flat_query, flat_key, flat_value, documents, scale, sliding_window)
     return output.view(rows, length, heads, -1), None
 
 
@@ -151,10 +153,10 @@ def _sdpa(backend: SDPBackend | None) -> Kernel:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        parts = [states.split(documents.lengths) for states in (query, key, value)]
+        parts = [torch.split(states, list(documents.lengths)) for states in (query, key, value)]
         chosen: AbstractContextManager[Any] = nullcontext() if backend is None else sdpa_kernel(backend)
         with chosen:
-            outputs = [_attend_document(*part, scale, window) for part in zip(*parts, strict=True)]
+            outputs = [_attend_document(q, k, v, scale, window) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     return kernel
@@ -167,11 +169,11 @@ def _attend_document(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
     """One document: (tokens, heads, head_dim) each."""
-    batched = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
+    q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     mask = _window_mask(len(query), window, query.device) if window is not None and len(query) > window else None
     output = F.scaled_dot_product_attention(
-        *batched, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return output.squeeze(0).transpose(0, 1)
 
@@ -195,7 +197,8 @@ def _attend_varlen(
     options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
     if key.shape[1] != query.shape[1]:
         options["enable_gqa"] = True
-    output: torch.Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    assert isinstance(output, torch.Tensor)
     return output
 
 

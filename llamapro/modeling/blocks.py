@@ -38,7 +38,7 @@ def prepare_blocks(blocks: nn.ModuleList, trainable: TrainableSet) -> None:
     """Make every block of the decoder of its kind, in place; parameter names don't change."""
     for index, block in enumerate(blocks):
         kind = kind_of(index, trainable)
-        block.__class__ = _with_kind(type(block))
+        block.__class__ = _with_kind(type(block))  # type: ignore[arg-type]
         block.kind, block.bypassed = kind, False  # type: ignore[assignment]
         if kind is not BlockKind.TRAINABLE:
             for module in block.modules():

@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 
 
 class LossHead(nn.Linear):
-    """The output projection, able to return the loss instead of logits. Made from an `nn.Linear` by `make_loss_head`."""
+    """The output projection, able to return the loss instead of logits; `make_loss_head` makes it from a linear."""
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llamapro.modeling.attention import AttentionChoice, pack_documents
 from llamapro.modeling.blocks import bypass
-from llamapro.modeling.loss import IGNORED_LABEL
+from llamapro.modeling.loss import IGNORED_LABEL, LossHead
 from llamapro.modeling.trainable import TrainableSet
 
 HF_PREFIX = "hf."
@@ -56,6 +56,13 @@ class LanguageModel(nn.Module):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    @property
+    def head(self) -> LossHead:
+        """The output projection."""
+        head = self.hf.get_output_embeddings()  # type: ignore[no-untyped-call]
+        assert isinstance(head, LossHead)
+        return head
+
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> LossOutput:
         """The loss of packed rows.
 
@@ -64,13 +71,12 @@ class LanguageModel(nn.Module):
             labels: (rows, S) int64, already shifted: the target of each position, -100 where there is none.
             position_ids: (rows, S) int64; a document begins wherever they don't go on by one.
         """
-        head = self.hf.get_output_embeddings()
-        loss_sum, token_losses = head(self.hidden_states(input_ids, position_ids), labels)
+        loss_sum, token_losses = self.head(self.hidden_states(input_ids, position_ids), labels)
         return LossOutput(loss_sum, token_losses.sum(1), (labels != IGNORED_LABEL).sum(1))
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(rows, S, vocabulary) logits of packed rows, in the model's dtype: for checks on short inputs."""
-        logits: torch.Tensor = self.hf.get_output_embeddings()(self.hidden_states(input_ids, position_ids))
+        logits: torch.Tensor = self.head(self.hidden_states(input_ids, position_ids))
         return logits
 
     def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
