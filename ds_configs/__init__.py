@@ -1,0 +1,1 @@
+"""Complete DeepSpeed configurations, one per strategy: what is really loaded."""

@@ -1,0 +1,1 @@
+"""What is launched: the fronts of training, the quickstart, recipes and batch scripts."""
