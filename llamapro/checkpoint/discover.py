@@ -1,0 +1,174 @@
+"""Which checkpoint a run continues from: the newest whose every byte agrees with its manifest. Also: list, prune.
+
+Rank 0 decides and every rank hears the same answer. Invalid checkpoints are renamed, never deleted. A run that has
+checkpoints but no valid one is refused, because starting afresh would bury its work.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamapro import console
+from llamapro.checkpoint.folder import Checkpoint, check_digest, open_checkpoint, read_checked_manifest, read_checkpoint
+from llamapro.checkpoint.layout import QUARANTINE, parse_folder_name, pointer_path, read_pointer
+from llamapro.errors import Corrupted
+from llamapro.files.atomic import STAGING, TRASH, fsync_folder, remove_leftovers, remove_tree, write_atomic
+from llamapro.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint folder as `list_checkpoints` found it.
+
+    Attributes:
+        step: from its name.
+        nbytes: of all its files.
+        problem: what is wrong with it; empty when nothing is.
+    """
+
+    folder: Path
+    step: int
+    nbytes: int
+    problem: str
+
+
+def find_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
+    """The checkpoint to continue from, the same on every rank; None when the run has none yet.
+
+    Clears what killed saves left behind, quarantines invalid checkpoints that are newer than the valid one, and points
+    RUN/latest at the valid one. Only one job may work on a run folder.
+
+    Args:
+        root: the run's checkpoints folder; it need not exist.
+
+    Raises:
+        Corrupted: there are checkpoints, but none is valid.
+    """
+    if ranks.rank == 0:
+        _clear_leftovers(root)
+    names: list[str] = ranks.broadcast_json([folder.name for folder in _newest_first(root)])
+    problems: dict[str, str] = {}
+    for name in names:
+        checkpoint, problem = _check_together(root.absolute() / name, ranks)
+        if checkpoint is not None:
+            if ranks.rank == 0:
+                _settle(root, checkpoint.folder, problems)
+            ranks.barrier()
+            return checkpoint
+        problems[name] = problem
+    quarantined: list[str] = ranks.broadcast_json([folder.name for folder in _quarantined(root)])
+    if problems or quarantined:
+        raise Corrupted(_refusal(root, problems, quarantined))
+    return None
+
+
+def list_checkpoints(root: Path, *, digests: bool) -> list[Listed]:
+    """Every checkpoint folder, newest first, checked by sizes and, if asked, by digests (reads every byte)."""
+    return [_examine(folder, digests=digests) for folder in _newest_first(root)]
+
+
+def prune(root: Path, keep: int, keep_every_steps: int | None) -> list[Path]:
+    """Delete old checkpoints; to be called by one process. Never raises: what can't be deleted is warned about.
+
+    The `keep` newest complete ones stay, and every one whose step is a multiple of `keep_every_steps`, and the one
+    RUN/latest names. Incomplete and quarantined folders are left alone. Deletion begins with a rename.
+
+    Returns:
+        What was deleted.
+    """
+    assert keep >= 1, f"keep is {keep}"
+    complete = [listed for listed in list_checkpoints(root, digests=False) if not listed.problem]
+    latest = read_pointer(root)
+    deleted = []
+    for listed in complete[keep:]:
+        kept_for_ever = keep_every_steps is not None and listed.step % keep_every_steps == 0
+        if kept_for_ever or listed.folder == latest:
+            continue
+        try:
+            remove_tree(listed.folder)
+            deleted.append(listed.folder)
+        except OSError as error:
+            console.warning(f"{listed.folder} could not be deleted: {error}")
+    return deleted
+
+
+def _newest_first(root: Path) -> Iterator[Path]:
+    """Checkpoint folders by step, then revision; clocks do not matter."""
+    found = [(parsed, folder) for folder in _folders(root) if (parsed := parse_folder_name(folder.name))]
+    return (folder for _, folder in sorted(found, reverse=True))
+
+
+def _quarantined(root: Path) -> list[Path]:
+    return sorted(folder for folder in _folders(root) if folder.name.startswith(QUARANTINE))
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def _examine(folder: Path, *, digests: bool) -> Listed:
+    parsed = parse_folder_name(folder.name)
+    assert parsed is not None
+    nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    try:
+        if digests:
+            open_checkpoint(folder)
+        else:
+            read_checked_manifest(folder)
+    except Corrupted as error:
+        return Listed(folder, parsed[0], nbytes, str(error))
+    return Listed(folder, parsed[0], nbytes, "")
+
+
+def _check_together(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
+    """Check one candidate with all ranks, each digesting its share of the files; the same verdict on every rank."""
+    checkpoint, problem = None, ""
+    try:
+        manifest = read_checked_manifest(folder)
+        checkpoint = read_checkpoint(folder, manifest)
+        for name in sorted(manifest.files)[ranks.rank :: ranks.world_size]:
+            check_digest(folder, manifest, name)
+    except Corrupted as error:
+        problem = str(error)
+    problem = next(filter(None, ranks.all_gather_json(problem)), "")
+    return (None if problem else checkpoint), problem
+
+
+def _settle(root: Path, valid: Path, problems: dict[str, str]) -> None:
+    """Quarantine the invalid folders that are newer than the valid one, then make the pointer agree."""
+    for name, problem in problems.items():
+        try:
+            place = _quarantine(root / name)
+            console.warning(f"{problem}; renamed to {place}, continuing from {valid.name}")
+        except OSError as error:
+            console.warning(f"{problem}; continuing from {valid.name}, renaming it failed: {error}")
+    if read_pointer(root) != root / valid.name:
+        write_atomic(pointer_path(root), f"{valid.name}\n")
+
+
+def _quarantine(folder: Path) -> Path:
+    place = folder.with_name(f"{QUARANTINE}{folder.name}")
+    count = 1
+    while place.exists():
+        count += 1
+        place = folder.with_name(f"{QUARANTINE}{folder.name}.{count}")
+    folder.rename(place)
+    fsync_folder(place.parent)
+    return place
+
+
+def _refusal(root: Path, problems: dict[str, str], quarantined: list[str]) -> str:
+    lines = [f"{root} has checkpoints, but no valid one; the run is not started afresh over them:"]
+    lines += [f"  - {problem}" for problem in problems.values()]
+    lines += [f"  - {name} was set aside before" for name in quarantined]
+    return "\n".join([*lines, f"restore a valid checkpoint, or move {root} away to start afresh"])
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Delete staging and trash of killed saves and deletions, in the checkpoints folder and of the pointer."""
+    for entry in root.iterdir() if root.is_dir() else ():
+        for kind in (STAGING, TRASH):
+            name, found, _ = entry.name.removeprefix(".").partition(kind)
+            if found and entry.name.startswith("."):
+                remove_leftovers(root / name)
+    remove_leftovers(pointer_path(root))
