@@ -1,0 +1,191 @@
+"""Expansion on disk: base folder in, expanded folder with its record out, tensor by tensor with constant memory.
+
+The output appears whole or not at all. It holds what plain transformers needs and nothing executable.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llamapro
+from llamapro import console
+from llamapro.errors import CheckFailed, Corrupted, UserError
+from llamapro.expansion.config import copy_companions, expanded_config, write_config
+from llamapro.expansion.families import Family, family_of
+from llamapro.expansion.layout import Layout, plan_layout
+from llamapro.expansion.lineage import is_trained, lineage_after
+from llamapro.expansion.pickles import converted_pickles
+from llamapro.expansion.plan import WRITTEN_DTYPES, TensorPlan, count_blocks, output_tensors, plan_tensors
+from llamapro.expansion.record import RECORD_NAME, ExpansionRecord, TensorDigest, read_record, write_record
+from llamapro.expansion.source import base_name_of, has_safetensors, read_config, refuse_other_weights, resolve_model
+from llamapro.expansion.zero_rule import zero_rule_problems
+from llamapro.files.atomic import require_free_target, staged_folder
+from llamapro.files.disk import require_free_space
+from llamapro.files.tensors import (
+    DTYPE_BYTES,
+    MAX_SHARD_BYTES,
+    RunningDigest,
+    ShardWriter,
+    TensorFolder,
+    cast_chunks,
+    zero_chunks,
+)
+
+# Headers, config, record, tokenizer: more than they ever take.
+SMALL_FILES_BYTES = 64 << 20
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base that was opened and checked, and how it will be expanded."""
+
+    folder: Path
+    base_id: str
+    config: dict[str, Any]
+    family: Family
+    tensors: TensorFolder
+    record: ExpansionRecord | None
+    layout: Layout
+    plans: list[TensorPlan]
+
+
+def expand(
+    base: str,
+    out: Path,
+    *,
+    new_blocks: int | None,
+    copies_per_group: int = 1,
+    placement: str | Sequence[int] = "interleaved",
+    dtype: str = "keep",
+    base_id: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ExpansionRecord:
+    """Write `out`: `base` with new blocks that are copies of some of its own, zeroed so that they change nothing.
+
+    Args:
+        base: a local folder or a hub id.
+        new_blocks: how many in all; with `copies_per_group` and `placement` see `layout.plan_layout`.
+        dtype: "keep", "bf16" or "float32", for all tensors.
+        base_id: what the record calls the base; default: the hub id, or the local folder's name.
+        allow_pickle: convert a base that has only `.bin` weights.
+
+    Raises:
+        UserError: arguments that don't fit, too little disk space, or an `out` that exists.
+        ModelRefused: a base that can't be expanded correctly.
+        Corrupted: a base whose files contradict each other or its own record.
+    """
+    if dtype not in WRITTEN_DTYPES:
+        raise UserError(f"--dtype {dtype}: choose {', '.join(WRITTEN_DTYPES)}")
+    name = base_name_of(base, base_id)
+    folder = resolve_model(base, allow_pickle=allow_pickle)
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"{out} is the base itself or lies inside it; choose another folder")
+    require_free_target(out, overwrite=overwrite)
+    config = read_config(folder)
+    family = family_of(config)
+    with _open_tensors(folder, out, allow_pickle) as tensors:
+        layout = plan_layout(count_blocks(family, tensors, config), new_blocks, copies_per_group, placement)
+        plans = plan_tensors(family, tensors, layout, dtype)
+        opened = _Base(folder, name, config, family, tensors, read_record(folder), layout, plans)
+        new_config = expanded_config(config, family, layout, dtype)
+        return _write_model(opened, new_config, out, overwrite=overwrite, max_shard_bytes=max_shard_bytes)
+
+
+@contextmanager
+def _open_tensors(folder: Path, out: Path, allow_pickle: bool) -> Iterator[TensorFolder]:
+    if allow_pickle and not has_safetensors(folder) and any(folder.glob("*.bin")):
+        with converted_pickles(folder, out) as converted:
+            yield TensorFolder.open(converted)
+    else:
+        refuse_other_weights(folder)
+        yield TensorFolder.open(folder)
+
+
+def _write_model(
+    base: _Base, config: dict[str, Any], out: Path, *, overwrite: bool, max_shard_bytes: int
+) -> ExpansionRecord:
+    outputs = output_tensors(base.family, base.plans)
+    total_bytes = sum(tensor.nbytes for tensor in outputs)
+    require_free_space(out, total_bytes + SMALL_FILES_BYTES, "the expanded model")
+    with staged_folder(out, overwrite=overwrite) as staging:
+        with (
+            ShardWriter(staging, outputs, max_shard_bytes) as writer,
+            console.progress("expanding", total_bytes, "bytes") as advance,
+        ):
+            digests = {plan.name: _write_tensor(base.tensors, plan, writer, advance) for plan in base.plans}
+        record = _build_record(base, digests)
+        _check_earlier_record(base, record)
+        if problems := zero_rule_problems(base.family, TensorFolder.open(staging), record.new_blocks, record.zeroed):
+            raise CheckFailed(f"the expansion broke its own zero rule, nothing was kept: {problems[0]}")
+        write_record(staging, record)
+        write_config(staging, config, record)
+        copy_companions(base.folder, staging)
+    return record
+
+
+def _write_tensor(tensors: TensorFolder, plan: TensorPlan, writer: ShardWriter, advance: Advance) -> TensorDigest:
+    source = plan.source
+    read, written = RunningDigest(source.item_bytes), RunningDigest(DTYPE_BYTES[plan.dtype])
+    chunks: Iterable[bytes] = tensors.chunks(source.name)
+    if converted := source.dtype != plan.dtype:
+        chunks = cast_chunks(_observed(chunks, read), source.dtype, plan.dtype)
+    writer.write(plan.name, _counted(_observed(chunks, written), advance, 1 + len(plan.copies)), plan.copies)
+    for name in plan.zeros:
+        writer.write(name, _counted(zero_chunks(plan.nbytes), advance, 1))
+    return TensorDigest(
+        base_name=source.name,
+        source_dtype=source.dtype,
+        dtype=plan.dtype,
+        shape=source.shape,
+        source_sha256=(read if converted else written).sha256,
+        sha256=written.sha256,
+        fold=written.fold,
+    )
+
+
+def _observed(chunks: Iterable[bytes], digest: RunningDigest) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+def _counted(chunks: Iterable[bytes], advance: Advance, times: int) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        advance(len(chunk) * times)
+
+
+def _build_record(base: _Base, digests: dict[str, TensorDigest]) -> ExpansionRecord:
+    layout = base.layout
+    return ExpansionRecord(
+        tool_version=llamapro.__version__,
+        base_id=base.base_id,
+        family=base.family.name,
+        model_type=base.config["model_type"],
+        base_blocks=layout.base_blocks,
+        blocks=layout.blocks,
+        block_map=layout.block_map,
+        new_blocks=layout.new_blocks,
+        source_blocks=tuple(layout.source_of(block) for block in layout.new_blocks),
+        zeroed=tuple(sorted(name for plan in base.plans for name in plan.zeros)),
+        base_tensors=digests,
+        lineage=lineage_after(base.record, base.family, layout),
+    )
+
+
+def _check_earlier_record(base: _Base, record: ExpansionRecord) -> None:
+    """A base that was itself expanded must still be what its record says, where it was never trained."""
+    if base.record is None:
+        return
+    for digest in record.base_tensors.values():
+        name = digest.base_name
+        earlier = base.record.base_tensors.get(name)
+        trained = is_trained(base.family, base.record.trained, name)
+        if earlier is not None and not trained and earlier.sha256 != digest.source_sha256:
+            raise Corrupted(f"{base.folder}: tensor {name} differs from {RECORD_NAME} beside it, and was never trained")

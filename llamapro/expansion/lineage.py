@@ -1,0 +1,46 @@
+"""What was trained, and a model that is expanded again: its earlier record becomes the youngest ancestor."""
+
+from llamapro.expansion.families import Family, block_tensor_name, parse_block_index, split_block_name
+from llamapro.expansion.layout import Layout
+from llamapro.expansion.record import ExpansionRecord, LineageEntry, Trained
+
+
+def lineage_after(previous: ExpansionRecord | None, family: Family, layout: Layout) -> tuple[LineageEntry, ...]:
+    """The lineage of a model made by `layout` from one with the record `previous`, oldest first.
+
+    All block indices and tensor names in it are those of the new model.
+    """
+    if previous is None:
+        return ()
+    youngest = LineageEntry(
+        base_id=previous.base_id,
+        tool_version=previous.tool_version,
+        base_blocks=previous.base_blocks,
+        blocks=previous.blocks,
+        record_digest=previous.digest(),
+        new_blocks=previous.new_blocks,
+        trained=previous.trained,
+    )
+    return tuple(_moved(entry, family, layout) for entry in (*previous.lineage, youngest))
+
+
+def is_trained(family: Family, trained: Trained, name: str) -> bool:
+    """Whether a tensor may differ from the base: its block, or it itself, was trained."""
+    return name in trained.tensors or parse_block_index(family, name) in trained.blocks
+
+
+def _moved(entry: LineageEntry, family: Family, layout: Layout) -> LineageEntry:
+    trained = Trained(
+        blocks=_moved_blocks(entry.trained.blocks, layout),
+        tensors=tuple(_moved_name(name, family, layout) for name in entry.trained.tensors),
+    )
+    return entry.model_copy(update={"new_blocks": _moved_blocks(entry.new_blocks, layout), "trained": trained})
+
+
+def _moved_blocks(blocks: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    return tuple(layout.block_map[block] for block in blocks)
+
+
+def _moved_name(name: str, family: Family, layout: Layout) -> str:
+    parsed = split_block_name(family, name)
+    return name if parsed is None else block_tensor_name(family, layout.block_map[parsed[0]], parsed[1])
