@@ -10,11 +10,11 @@ from llamapro.config.base import Count, FilePath, Positive, Section
 class CheckpointConfig(Section):
     """What a crash can cost, and what a resumed run may change."""
 
-    every_steps: Count | None = 500
-    """Optimizer steps between checkpoints; null: by time only. The last step always saves one."""
+    every_steps: Count = 500
+    """Optimizer steps between checkpoints. The last step always saves one."""
 
     every_minutes: Positive | None = 30.0
-    """Minutes between checkpoints; null: by steps only."""
+    """Also save when this many minutes have passed since the last checkpoint; null: by steps only."""
 
     keep: Count = 2
     """Newest checkpoints that are kept."""

@@ -13,6 +13,7 @@ from llamapro.config.root import RunConfig
 from llamapro.config.yaml_file import read_yaml
 from llamapro.errors import ConfigError
 
+_DUMP_WIDTH = 120
 HELP_FLAGS = frozenset({"-h", "--help"})
 
 
@@ -46,8 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """The configuration as YAML, every setting spelled out; `load_config` gives the same object back."""
     text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml = YAML()
+    yaml.width = _DUMP_WIDTH
     yaml.dump(config.model_dump(mode="json"), text)
     return text.getvalue()

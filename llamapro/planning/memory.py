@@ -1,0 +1,126 @@
+"""Memory per device in bytes, item by item: what ZeRO splits, what activations need, what passes through.
+
+Only trainable parameters have gradients and optimizer state, in float32; blocks below the lowest trainable one keep no
+activations, frozen ones above it no inputs of their linears. Estimators that count every parameter as trained are off
+by a factor of three here.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from llamapro.planning.shape import DecoderShape, Learning
+
+GIB: Final = 1 << 30
+FLOAT32_BYTES: Final = 4
+WEIGHT_BYTES: Final = {"bf16": 2, "float32": 4, "fp8-frozen": 2}
+# Float32 master weight and two moments.
+OPTIMIZER_BYTES: Final = 3 * FLOAT32_BYTES
+# At stage 3: the block at work and the one fetched ahead.
+_GATHERED_BLOCKS = 2
+# The loss is computed in chunks of so many logits, which exist as logits, softmax and gradient.
+_LOGIT_CHUNK_ELEMENTS = 1 << 27
+_LOGIT_COPIES = 3
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per device by item.
+
+    Attributes:
+        weights: all parameters as computed with; at stage 3 this rank's share.
+        gathered: at stage 3, whole blocks and the head while they are used.
+        gradients: float32, of trainable parameters.
+        optimizer: float32 master weights and moments of trainable parameters.
+        activations: kept from the forward to the backward pass of one micro-batch.
+        logits: the chunk of logits that the loss works on.
+    """
+
+    weights: float
+    gathered: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def static(self) -> float:
+        """What does not depend on the micro-batch."""
+        return self.weights + self.gathered + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.static + self.activations + self.logits
+
+
+def estimate_memory(
+    shape: DecoderShape,
+    learning: Learning,
+    *,
+    precision: str,
+    zero_stage: int,
+    world_size: int,
+    micro_tokens: int,
+) -> Memory:
+    """Memory of one device in training.
+
+    Args:
+        precision: as `engine.precision`.
+        zero_stage: 1 splits the optimizer state over ranks, 2 gradients too, 3 weights too.
+        micro_tokens: tokens per device in one forward and backward pass.
+    """
+    width = WEIGHT_BYTES[precision]
+    trainable = learning.parameters(shape)
+    logits = min(micro_tokens * shape.vocabulary, _LOGIT_CHUNK_ELEMENTS) * FLOAT32_BYTES * _LOGIT_COPIES
+    gathered = _GATHERED_BLOCKS * shape.block_parameters + shape.head_parameters
+    split_weights = zero_stage >= 3 and world_size > 1
+    return Memory(
+        weights=shape.parameters * width / (world_size if split_weights else 1),
+        gathered=gathered * width if split_weights else 0.0,
+        gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
+        optimizer=trainable * OPTIMIZER_BYTES / world_size,
+        activations=micro_tokens * activation_bytes_per_token(shape, learning, width),
+        logits=float(logits),
+    )
+
+
+def activation_bytes_per_token(shape: DecoderShape, learning: Learning, width: int) -> int:
+    """Bytes per token that all blocks keep for the backward pass, when blocks run operation by operation.
+
+    Args:
+        width: bytes per activation, 2 for bf16.
+    """
+    trainable = learning.trainable_blocks(shape)
+    frozen = learning.backward_blocks(shape) - trainable
+    return frozen * frozen_block_bytes(shape, width) + trainable * trainable_block_bytes(shape, width)
+
+
+def frozen_block_bytes(shape: DecoderShape, width: int) -> int:
+    """Bytes per token that a frozen block keeps, run operation by operation.
+
+    Beyond what fused kernels keep: the norms work on float32 copies of their inputs, and the activation of the gate.
+    """
+    norms = 2 * shape.hidden * (FLOAT32_BYTES - width)
+    return fused_frozen_block_bytes(shape, width) + norms + shape.intermediate * width
+
+
+def trainable_block_bytes(shape: DecoderShape, width: int) -> int:
+    """Bytes per token that a trainable block keeps, run operation by operation.
+
+    Beyond a frozen one: each norm's result before and after its weight, and the product that the last linear takes.
+    """
+    return frozen_block_bytes(shape, width) + (4 * shape.hidden + shape.intermediate) * width
+
+
+def fused_frozen_block_bytes(shape: DecoderShape, width: int) -> int:
+    """Bytes per token that a frozen block keeps with fused kernels, which keep inputs only.
+
+    Both norms' inputs, query, key, value, the attention's result and its log-sum-exp, gate and up.
+    """
+    attention = (2 * shape.query_width + 2 * shape.key_width) * width + shape.heads * FLOAT32_BYTES
+    return 2 * shape.hidden * width + attention + 2 * shape.intermediate * width
+
+
+def fused_trainable_block_bytes(shape: DecoderShape, width: int) -> int:
+    """The same for a trainable block: its linears' inputs as well, which are the norms' results and the product."""
+    return fused_frozen_block_bytes(shape, width) + (2 * shape.hidden + shape.intermediate) * width
