@@ -3,7 +3,7 @@
 The output appears whole or not at all. It holds what plain transformers needs and nothing executable.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from llamapro.expansion.pickles import converted_pickles
 from llamapro.expansion.plan import WRITTEN_DTYPES, TensorPlan, count_blocks, output_tensors, plan_tensors
 from llamapro.expansion.record import RECORD_NAME, ExpansionRecord, TensorDigest, read_record, write_record
 from llamapro.expansion.source import base_name_of, has_safetensors, read_config, refuse_other_weights, resolve_model
+from llamapro.expansion.streams import Advance, counted, observed
 from llamapro.expansion.zero_rule import zero_rule_problems
 from llamapro.files.atomic import require_free_target, staged_folder
 from llamapro.files.disk import require_free_space
@@ -35,8 +36,6 @@ from llamapro.files.tensors import (
 
 # Headers, config, record, tokenizer: more than they ever take.
 SMALL_FILES_BYTES = 64 << 20
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,10 @@ def _write_tensor(tensors: TensorFolder, plan: TensorPlan, writer: ShardWriter, 
     read, written = RunningDigest(source.item_bytes), RunningDigest(DTYPE_BYTES[plan.dtype])
     chunks: Iterable[bytes] = tensors.chunks(source.name)
     if converted := source.dtype != plan.dtype:
-        chunks = cast_chunks(_observed(chunks, read), source.dtype, plan.dtype)
-    writer.write(plan.name, _counted(_observed(chunks, written), advance, 1 + len(plan.copies)), plan.copies)
+        chunks = cast_chunks(observed(chunks, read), source.dtype, plan.dtype)
+    writer.write(plan.name, counted(observed(chunks, written), advance, 1 + len(plan.copies)), plan.copies)
     for name in plan.zeros:
-        writer.write(name, _counted(zero_chunks(plan.nbytes), advance, 1))
+        writer.write(name, counted(zero_chunks(plan.nbytes), advance))
     return TensorDigest(
         base_name=source.name,
         source_dtype=source.dtype,
@@ -147,18 +146,6 @@ def _write_tensor(tensors: TensorFolder, plan: TensorPlan, writer: ShardWriter, 
         sha256=written.sha256,
         fold=written.fold,
     )
-
-
-def _observed(chunks: Iterable[bytes], digest: RunningDigest) -> Iterator[bytes]:
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-
-
-def _counted(chunks: Iterable[bytes], advance: Advance, times: int) -> Iterator[bytes]:
-    for chunk in chunks:
-        yield chunk
-        advance(len(chunk) * times)
 
 
 def _build_record(base: _Base, digests: dict[str, TensorDigest]) -> ExpansionRecord:
