@@ -1,8 +1,9 @@
 """Ratios of sums with their 95 % confidence intervals.
 
-Loss per token, bits per byte and relative change are all Σ aᵢ / Σ bᵢ over rows i. Rows (packed windows of held-out text)
-are taken as independent; the interval is the normal approximation of the ratio estimator (W. G. Cochran, *Sampling
-Techniques*, 3rd ed., ch. 6): standard error √(n/(n−1) · Σ (aᵢ − R·bᵢ)²) / Σ bᵢ. No randomness, no order dependence.
+Loss per token, bits per byte and relative change are all Σ aᵢ / Σ bᵢ over rows i. Rows (packed windows of held-out
+text) are taken as independent; the interval is the normal approximation of the ratio estimator (W. G. Cochran,
+*Sampling Techniques*, 3rd ed., ch. 6): standard error √(n/(n−1) · Σ (aᵢ − R·bᵢ)²) / Σ bᵢ. No randomness, no order
+dependence.
 """
 
 import math

@@ -1,0 +1,1 @@
+"""Results in the world's own format: plain Hugging Face folders, deltas against the base, model cards."""
