@@ -1,0 +1,1 @@
+"""A training run: facts, schedule, loop, guards, signals, metrics."""

@@ -1,0 +1,200 @@
+"""Everything a run needs to know before a process group starts: facts, or every problem at once.
+
+Every rank runs this by itself and comes to the same result; nothing is written, nothing communicates.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llamapro.data.dataset import Dataset
+
+from llamapro import console
+from llamapro.config.availability import unavailable_settings
+from llamapro.config.root import RunConfig
+from llamapro.errors import ConfigError
+from llamapro.expansion.families import Family
+from llamapro.expansion.record import ExpansionRecord
+from llamapro.modeling.trainable import TrainableSet
+from llamapro.planning.flops import FlopsPerToken, flops_per_token
+from llamapro.planning.memory import Memory
+from llamapro.planning.plan import Choice, Job, choose, usable_bytes
+from llamapro.planning.shape import Learning
+from llamapro.planning.tables import MEMORY_COLUMNS, gib, memory_rows
+from llamapro.training.data_facts import check_sources, check_validation_sets, warn_of_repeats
+from llamapro.training.device import Device, present_device
+from llamapro.training.findings import Findings
+from llamapro.training.model_facts import ModelFacts, Stage, check_model, resolve_trainable
+from llamapro.training.tokenizer import model_tokenizer_identity
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the trainer starts from.
+
+    Attributes:
+        record: how the model was expanded; None if it never was.
+        family: its parameter names; `family.decoder_prefix` is where the blocks are.
+        sources: datasets by source name, in the configuration's order.
+        validation_sets: datasets whose held-out splits are scored, by name.
+        steps: optimizer steps of the run; None: until the repeats are used up, which the pack plans decide.
+        zero_stage, micro_sequences, accumulation_steps: as given, or chosen for what `auto` stands for.
+        flops: FLOPs per token.
+        memory: bytes per rank, as estimated.
+        tokenizer_identity: of the model; every dataset has the same.
+        warnings: sentences that the user should see, once.
+    """
+
+    stage: Stage
+    world_size: int
+    model_folder: Path
+    model_config: dict[str, Any]
+    family: Family
+    record: ExpansionRecord | None
+    trainable: TrainableSet
+    sources: dict[str, Dataset]
+    validation_sets: dict[str, Dataset]
+    sequence_length: int
+    steps: int | None
+    zero_stage: int
+    micro_sequences: int
+    accumulation_steps: int
+    job: Job
+    flops: FlopsPerToken
+    memory: Memory
+    device: Device
+    tokenizer_identity: str
+    warnings: tuple[str, ...]
+
+
+def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device | None = None) -> Facts:
+    """Open what the configuration names and check that the run can start.
+
+    Args:
+        world_size: ranks of the job.
+        device: what each rank computes on; None: what is present.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    findings = Findings(problems=unavailable_settings(config))
+    _check_paths(config, findings)
+    model = check_model(config, findings)
+    trainable = model and findings.attempt("model.trainable", lambda: resolve_trainable(config.model, stage, model))
+    identity = findings.attempt("model.path", lambda: model_tokenizer_identity(config.model.path)) if model else None
+    sources = check_sources(config, identity, findings)
+    validation_sets = check_validation_sets(config, sources, identity, findings)
+    if findings.problems or model is None or trainable is None or identity is None:
+        raise ConfigError(findings.problems, f"{stage} on {config.model.path}")
+    steps = None if config.schedule.steps == "auto" else config.schedule.steps
+    warn_of_repeats(config, sources, steps, findings)
+    device = device or present_device(world_size)
+    job = _job(config, model, trainable, world_size)
+    choice = _choose(config, job, device, findings)
+    _warn_of_waste(config, job, choice, findings)
+    _warn_of_ignored(config, findings)
+    return Facts(
+        stage=stage,
+        world_size=world_size,
+        model_folder=model.folder,
+        model_config=model.config,
+        family=model.family,
+        record=model.record,
+        trainable=trainable,
+        sources=sources,
+        validation_sets=validation_sets,
+        sequence_length=config.data.sequence_length,
+        steps=steps,
+        zero_stage=choice.zero_stage,
+        micro_sequences=choice.micro_sequences,
+        accumulation_steps=choice.accumulation_steps,
+        job=job,
+        flops=flops_per_token(job.shape, job.learning, job.sequence_length),
+        memory=choice.memory,
+        device=device,
+        tokenizer_identity=identity,
+        warnings=tuple(findings.warnings),
+    )
+
+
+def show_plan(config: RunConfig, facts: Facts) -> None:
+    """Print what a run would do (standard output, rank 0 only): the end of `--dry-run`."""
+    shape, learning = facts.job.shape, facts.job.learning
+    tokens_per_step = config.batch.global_sequences * facts.sequence_length
+    steps = "until the repeats are used up" if facts.steps is None else f"{facts.steps:,}"
+    rows = [
+        ("parameters", f"{shape.parameters:,}"),
+        ("that learn", f"{learning.parameters(shape):,}"),
+        ("optimizer steps", steps),
+        ("tokens per step", f"{tokens_per_step:,}"),
+        ("ranks", str(facts.world_size)),
+        ("device of a rank", f"{facts.device.name}, {gib(facts.device.memory_bytes)} GiB"),
+        ("ZeRO stage", str(facts.zero_stage)),
+        ("micro-batch", f"{facts.micro_sequences} sequences, {facts.accumulation_steps} per step and rank"),
+        ("GFLOP per token", f"{facts.flops.model / 1e9:.3f} (forward and backward, only what learns)"),
+        *((f"source {name}", f"{data.split('train').tokens:,} tokens") for name, data in facts.sources.items()),
+        *((f"held out {name}", f"{d.split('heldout').tokens:,} tokens") for name, d in facts.validation_sets.items()),
+    ]
+    console.table(f"{facts.stage} of {facts.model_folder}", ("what", "value"), rows)
+    console.table("memory per rank, GiB", MEMORY_COLUMNS, memory_rows(facts.job, facts.micro_sequences))
+
+
+def _check_paths(config: RunConfig, findings: Findings) -> None:
+    if config.run.folder.exists() and not config.run.folder.is_dir():
+        findings.problem("run.folder", f"{config.run.folder} is a file")
+    if (overlay := config.engine.deepspeed) is not None and not overlay.is_file():
+        findings.problem("engine.deepspeed", f"{overlay} does not exist")
+    if (start := config.checkpoint.start_from) is not None and not start.is_dir():
+        findings.problem("checkpoint.start_from", f"{start} is no folder; give a checkpoint's")
+
+
+def _job(config: RunConfig, model: ModelFacts, trainable: TrainableSet, world_size: int) -> Job:
+    return Job(
+        shape=model.shape,
+        learning=Learning(trainable.blocks, trainable.everything),
+        precision=config.engine.precision,
+        sequence_length=config.data.sequence_length,
+        world_size=world_size,
+        share=math.ceil(config.batch.global_sequences / world_size),
+    )
+
+
+def _choose(config: RunConfig, job: Job, device: Device, findings: Findings) -> Choice:
+    stage, micro = config.engine.zero_stage, config.batch.micro_sequences
+    budget = usable_bytes(device.memory_bytes)
+    choice = choose(
+        job,
+        budget_bytes=budget,
+        zero_stage=None if stage == "auto" else stage,
+        micro_sequences=None if micro == "auto" else micro,
+        most_micro_tokens=device.most_micro_tokens,
+    )
+    if not choice.fits:
+        findings.warn(
+            "batch.micro_sequences",
+            f"about {gib(choice.memory.total)} GiB per rank are needed for {choice.micro_sequences} sequences of "
+            f"{job.sequence_length} tokens at ZeRO stage {choice.zero_stage}, and {gib(budget)} GiB can be used on "
+            f"{device.name}; use more ranks, a higher stage, or shorter sequences",
+        )
+    return choice
+
+
+def _warn_of_waste(config: RunConfig, job: Job, choice: Choice, findings: Findings) -> None:
+    """Say which share of the computed sequences is padding, because ranks or micro-batches don't divide the batch."""
+    wanted = config.batch.global_sequences
+    computed = job.world_size * choice.micro_sequences * choice.accumulation_steps
+    if computed > wanted:
+        findings.warn(
+            "batch.global_sequences",
+            f"{wanted} sequences over {job.world_size} ranks in micro-batches of {choice.micro_sequences} take "
+            f"{computed}; {1 - wanted / computed:.0%} of the computation is padding",
+        )
+
+
+def _warn_of_ignored(config: RunConfig, findings: Findings) -> None:
+    schedule = config.schedule
+    if schedule.decay != "wsd" and schedule.decay_fraction != type(schedule).model_fields["decay_fraction"].default:
+        findings.warn("schedule.decay_fraction", f"has no effect under decay: {schedule.decay}")
+    if config.objective.sets and config.objective.replay_kl == 0:
+        findings.warn("objective.sets", "has no effect while objective.replay_kl is 0")
