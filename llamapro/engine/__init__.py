@@ -1,0 +1,1 @@
+"""DeepSpeed: environment, configuration, start, step and named optimizer state. Nothing else imports deepspeed."""

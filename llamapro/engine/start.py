@@ -1,0 +1,103 @@
+"""The process group: started once per job, with a stated timeout, loopback where that is enough, and no compiling.
+
+DeepSpeed would build a shared-memory collective on every start on CPU: 50 s the first time, and a stale lock of a
+killed build hangs every later start without a message. Only its tensor-parallel inference uses it, so it is left out.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm as deepspeed_comm
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as ZeroInitBase
+
+from llamapro import console
+from llamapro.config.engine import EngineConfig
+from llamapro.engine import environment
+from llamapro.ranks import Ranks
+
+WATCHDOG_MARGIN_MINUTES = 2.0
+"""The process group's timeout, which may abort the process, comes this long after our own watchdog's."""
+UNUSED_OPS = {"deepspeed_shm_comm": False}
+
+
+def start_ranks(settings: EngineConfig, local_rank: int | None = None) -> Ranks:
+    """Join the job's process group and say what was chosen.
+
+    `prepare_environment` must have been called before torch was imported.
+
+    Args:
+        local_rank: what the `deepspeed` launcher passed on the command line; the environment's where None.
+    """
+    environment.prepare_environment()
+    index = environment.local_rank() if local_rank is None else local_rank
+    device = _device(index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=environment.meeting_point(),
+        rank=environment.rank(),
+        world_size=environment.world_size(),
+        timeout=timedelta(minutes=settings.startup_timeout_minutes),
+        device_id=device if device.type == "cuda" and environment.world_size() > 1 else None,
+    )
+    join_deepspeed()
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), index, device)
+    console.info(_description(ranks, backend, settings))
+    return ranks
+
+
+def stop_ranks() -> None:
+    """Leave the process group and undo what DeepSpeed changed in this process. Does nothing without a group."""
+    if deepspeed_comm.cdb is not None:
+        if dist.is_initialized():
+            deepspeed_comm.destroy_process_group()
+        deepspeed_comm.cdb = None
+    elif dist.is_initialized():
+        dist.destroy_process_group()
+    original_linear = getattr(ZeroInitBase, "linear_bk", None)
+    if original_linear is not None:
+        torch.nn.functional.linear = original_linear
+
+
+def join_deepspeed() -> None:
+    """Make DeepSpeed use the process group that exists, without compiling anything."""
+    deepspeed.ops.__compatible_ops__ = UNUSED_OPS
+    if deepspeed_comm.cdb is None or not deepspeed_comm.cdb.is_initialized():
+        deepspeed_comm.cdb = None
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def limit_waiting(minutes: float) -> None:
+    """Set the collectives' timeout of every process group of this process, DeepSpeed's own included."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
+
+
+def waiting_limits() -> Sequence[timedelta]:
+    """The collectives' timeout of every process group of this process."""
+    groups: Any = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device(_device(0).type)).options._timeout for group in groups]
+
+
+def _device(local_rank: int) -> torch.device:
+    name = get_accelerator().device_name()
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def _description(ranks: Ranks, backend: str, settings: EngineConfig) -> str:
+    where = "on this machine" if environment.single_node() else f"around {environment.meeting_point()}"
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    else:
+        threads = torch.get_num_threads()
+        device = f"CPU with {threads} thread{'s' if threads != 1 else ''} each"
+    count = f"{ranks.world_size} rank{'s' if ranks.world_size != 1 else ''}"
+    return f"{count} {where}, {device}, {backend}; hang timeout {settings.step_timeout_minutes:g} min"

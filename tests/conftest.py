@@ -1,0 +1,43 @@
+"""Shared fixtures: the environment every test runs in, and the worker pool of distributed tests."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from llamapro.engine.environment import prepare_environment
+
+prepare_environment()
+
+from tests.support.pool import WorkerPool
+
+MARKERS = {
+    "gpu": "needs a CUDA device",
+    "slow": "full sweeps: run by `make test-slow` only",
+    "cluster": "real hosts, Slurm or images: run by `make test-cluster` only",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out marked tests that were not asked for with -m."""
+    if config.option.markexpr:
+        return
+    for item in items:
+        for name, meaning in MARKERS.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: {meaning}; select with -m {name}"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Worker processes for distributed tests: `pool.run(function, *arguments, world_size=2)`."""
+    with WorkerPool() as workers:
+        yield workers
