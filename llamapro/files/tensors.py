@@ -287,7 +287,7 @@ def _indexed_entries(folder: Path) -> dict[str, TensorEntry]:
     path = folder / INDEX_FILE
     try:
         weight_map = orjson.loads(path.read_bytes())["weight_map"]
-        files = sorted(set(weight_map.values()))
+        files = sorted(map(os.fspath, set(weight_map.values())))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupted(f"{path} can't be read ({error!r})") from error
     found: dict[str, TensorEntry] = {}
