@@ -13,17 +13,7 @@ prepare_environment()
 
 from tests.support.pool import WorkerPool
 
-MARKERS = {
-    "gpu": "needs a CUDA device",
-    "slow": "full sweeps: run by `make test-slow` only",
-    "cluster": "real hosts, Slurm or images: run by `make test-cluster` only",
-}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the markers."""
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
+LEFT_OUT = ("gpu", "slow", "cluster")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,9 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.markexpr:
         return
     for item in items:
-        for name, meaning in MARKERS.items():
+        for name in LEFT_OUT:
             if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.skip(reason=f"{name}: {meaning}; select with -m {name}"))
+                item.add_marker(pytest.mark.skip(reason=f"marked {name}: select with -m {name}"))
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ class WorkerPool:
 
     def _collect(self, workers: Sequence["_Worker"], timeout: float) -> list[tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + timeout + max(worker.start_allowance() for worker in workers)
+        deadline = time.monotonic() + timeout + START_TIMEOUT_SECONDS * any([worker.take_fresh() for worker in workers])
         pending = {worker.connection: rank for rank, worker in enumerate(workers)}
         broken = False
         while pending and not broken:
@@ -106,10 +106,10 @@ class _Worker:
         theirs.close()
         self._fresh = True
 
-    def start_allowance(self) -> float:
-        """Extra seconds a job may take because this worker still has to import torch and deepspeed."""
+    def take_fresh(self) -> bool:
+        """Whether this is the worker's first job, which also has to import torch and deepspeed."""
         fresh, self._fresh = self._fresh, False
-        return START_TIMEOUT_SECONDS if fresh else 0.0
+        return fresh
 
     def log_tail(self) -> str:
         """The end of what this worker wrote to its standard streams."""
@@ -174,12 +174,9 @@ def _end_job() -> None:
     import gc
 
     import torch
-    import torch.distributed as dist
 
-    from llamapro.engine.start import forget_process_group
+    from llamapro.engine.start import stop_ranks
 
     gc.collect()
-    forget_process_group()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_ranks()
     torch.set_grad_enabled(True)
