@@ -13,7 +13,7 @@ from torch import nn
 from llamapro.modeling.linear import frozen_linear, plain_linear
 
 IGNORED_LABEL = -100
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 
 
 class LossHead(nn.Linear):

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch import nn
+
+from llamapro.modeling.linear import FrozenLinear, freeze_linear
+
+
+def frozen(bias: bool) -> FrozenLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    freeze_linear(linear)
+    assert isinstance(linear, FrozenLinear)
+    return linear
+
+
+def saved_bytes(module: nn.Module, states: torch.Tensor) -> int:
+    parameters = {parameter.data_ptr() for parameter in module.parameters()}
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += 0 if tensor.untyped_storage().data_ptr() in parameters else tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(states)
+    return total
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_input_gradient_equal_torch_bit_for_bit(bias: bool, dtype: torch.dtype) -> None:
+    linear = frozen(bias).to(dtype)
+    ours = torch.randn(2, 7, 24).to(dtype).requires_grad_()
+    plain = ours.detach().clone().requires_grad_()
+    output, expected = linear(ours), nn.functional.linear(plain, linear.weight, linear.bias)
+    upstream = torch.randn(2, 7, 40).to(dtype)
+    output.backward(upstream)
+    expected.backward(upstream)
+    assert torch.equal(output, expected)
+    assert ours.grad is not None and plain.grad is not None and torch.equal(ours.grad, plain.grad)
+    assert linear.weight.grad is None
+
+
+def test_nothing_is_kept_for_the_backward_pass() -> None:
+    assert saved_bytes(frozen(bias=True), torch.randn(2, 7, 24, requires_grad=True)) == 0
+
+
+def test_stage_3_replacement_keeps_inputs_of_plain_frozen_linears_but_not_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    states = torch.randn(2, 7, 24, requires_grad=True)
+    plain = nn.Linear(24, 40, bias=False).requires_grad_(False)
+    assert saved_bytes(plain, states) == 0
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    assert saved_bytes(plain, states) == states.nbytes
+    assert saved_bytes(frozen(bias=False), states) == 0
+
+
+def test_the_backward_pass_reads_the_weight_of_that_moment() -> None:
+    """Stage 3 frees the weight's data after the forward pass and gathers it into new memory before the backward."""
+    linear = frozen(bias=False)
+    states = torch.randn(3, 24, requires_grad=True)
+    output = linear(states)
+    gathered = linear.weight.data.clone()
+    linear.weight.data = torch.empty(0)
+    linear.weight.data = gathered
+    output.sum().backward()
+    assert states.grad is not None
+    torch.testing.assert_close(states.grad, gathered.sum(0).expand(3, -1))
