@@ -93,7 +93,7 @@ def _recipe(facts: CardFacts) -> str:
         if facts.history.tokens:
             rows.append(("tokens trained on", f"{facts.history.tokens:,}"))
         rows += _settings(facts.history)
-    return "## Recipe\n\n" + _table(("", ""), rows)
+    return "## Recipe\n\n" + _table(("setting", "value"), rows)
 
 
 def _settings(history: History) -> list[tuple[str, str]]:
@@ -118,7 +118,7 @@ def _data(history: History | None) -> str:
     facts = source_facts(history) if history else ()
     if not facts:
         return ""
-    rows = [(source.name, source.share, source.license or "not stated") for source in facts]
+    rows = [(source.name, source.share, source.license or "not recorded") for source in facts]
     return "## Training data\n\n" + _table(("source", "share", "licence"), rows)
 
 

@@ -1,7 +1,7 @@
 """Line plots as SVG that take their colours from the page around them, so that dark mode and print work.
 
-matplotlib draws with marker colours; those are replaced by CSS variables (`--ink`, `--grid`, `--line-1` …), which the
-page defines. Text stays text: it can be selected, searched and scaled.
+matplotlib draws with the page's light colours; each use of one is followed by the CSS variable that overrides it
+(`--ink`, `--grid`, `--line-1` …). Text stays text: it can be selected, searched and scaled.
 """
 
 import io
@@ -14,12 +14,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-INK, GRID = "#010203", "#010204"
-LINES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06")
+INK, GRID = "#1f2430", "#d5d9e0"
+LINES = ("#2563c9", "#d0640a", "#0a7d45", "#9333a8", "#b3261e", "#5b6472")
 _VARIABLES = {INK: "--ink", GRID: "--grid", **{color: f"--line-{number}" for number, color in enumerate(LINES, 1)}}
 _MAX_POINTS = 2000
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 9.0,
     "text.color": INK,
@@ -73,18 +74,18 @@ def thin(points: Series, limit: int = _MAX_POINTS) -> Series:
     return kept
 
 
-def to_svg(figure: Figure) -> str:
+def to_svg(figure: Figure, *, transparent: bool = True) -> str:
     """The figure as one `<svg>` element: no XML header, no metadata, the same bytes every time."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None})
     text = buffer.getvalue()
     return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def themed(svg: str, key: str, title: str) -> str:
-    """Replace marker colours by CSS variables, make ids unique to `key` and name the picture for screen readers."""
+    """Let CSS variables override the colours, make ids unique to `key`, name the picture for screen readers."""
     for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
+        svg = re.sub(rf"(fill|stroke): {color}", rf"\g<0>; \g<1>: var({variable})", svg)
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
     svg = re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)

@@ -1,0 +1,152 @@
+"""The report shows what the run's files say, in one file that needs nothing else."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import orjson
+import pytest
+
+from llamapro.errors import UserError
+from llamapro.report.page import write_report
+from llamapro.report.picture import write_result_picture
+from tests.support.exports import TinyRun, make_run, step_line, validation
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LOADING = {"src", "srcset", "href", "xlink:href", "data", "action", "poster"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, the text of each element, and whether every element is closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.referenced: list[str] = []
+        self.cells: list[str] = []
+        self._open: list[str] = []
+        self.feed(path.read_text())
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in LOADING and not (value or "").startswith("#"):
+                self.fetched.append(f"{name}={value}")
+            elif name in LOADING:
+                self.referenced.append((value or "")[1:])
+            self.referenced += re.findall(r"url\(#([^)]+)\)", value or "")
+            if name == "id":
+                self.ids.append(value or "")
+        if tag in {"td", "th", "b"}:
+            self.cells.append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"{tag} closed out of order"
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in {"td", "th", "b"}:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    tiny = make_run(tmp_path_factory.mktemp("tiny"))
+    (tiny.folder / "environment.json").write_text('{"gpus": ["a", "b"], "versions": {"torch": "2.13.0"}}')
+    (tiny.folder / "sample.txt").write_text("<script>alert(1)</script> once upon a time")
+    return tiny
+
+
+def test_page_shows_the_numbers_of_the_run(tiny: TinyRun) -> None:
+    page = Page(write_report(tiny.folder))
+    for shown in ("4 → 6", "12 of 12", "6,144", "24 s", "1.2500", "1.0000", "-20.00%", "-0.50%", "2.13.0", "a, b"):
+        assert shown in page.cells, shown
+    assert page.tags.count("svg") == 6
+
+
+def test_page_loads_nothing_and_runs_nothing(tiny: TinyRun) -> None:
+    path = write_report(tiny.folder)
+    page, text = Page(path), path.read_text()
+    assert page.fetched == []
+    assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
+    assert not re.search(r"url\((?!#)|@import|@font-face", text)
+    assert not re.search(r"\son\w+=", text)
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_ids_of_the_plots_do_not_clash_and_every_reference_resolves(tiny: TinyRun) -> None:
+    page = Page(write_report(tiny.folder))
+    assert len(page.ids) == len(set(page.ids)) > 0
+    assert page.referenced
+    assert set(page.referenced) <= set(page.ids)
+
+
+def test_every_colour_of_a_plot_can_be_changed_by_dark_mode(tiny: TinyRun) -> None:
+    text = write_report(tiny.folder).read_text()
+    plots = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    fixed = re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})(?!; (?:fill|stroke): var)", plots)
+    assert fixed == []
+    defined = set(re.findall(r"(--[a-z0-9-]+):", text))
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", text)) <= defined
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_same_run_gives_the_same_page(tiny: TinyRun) -> None:
+    assert write_report(tiny.folder).read_bytes() == write_report(tiny.folder).read_bytes()
+
+
+def test_young_run_without_measurements_still_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {path: work/model}\n")
+    page = Page(write_report(tmp_path))
+    assert "svg" not in page.tags
+    assert "0" in page.cells
+    (tmp_path / "metrics.jsonl").write_bytes(orjson.dumps(step_line(1)) + b'\n{"step": 2, "lo')
+    assert Page(write_report(tmp_path)).tags.count("svg") == 5
+
+
+def test_changed_base_tensor_is_shown_as_broken(tmp_path: Path) -> None:
+    lines = [{"event": "proof", "equal": 38, "total": 38}, {"event": "proof", "equal": 37, "total": 38}]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    assert '<p class="proof broken">37 of 38 base tensors' in write_report(tmp_path).read_text()
+
+
+def test_before_needs_step_zero(tmp_path: Path) -> None:
+    lines = [validation(4, 1.2, 1.5), validation(8, 1.1, 1.5)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    assert "Before and after" not in write_report(tmp_path).read_text()
+    with pytest.raises(UserError, match="nothing to draw"):
+        write_result_picture(tmp_path, tmp_path / "result.svg")
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_long_series_are_thinned_but_keep_their_ends(tmp_path: Path) -> None:
+    lines = [step_line(step) for step in range(1, 30_001)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    path = write_report(tmp_path)
+    assert path.stat().st_size < 1_500_000
+    assert "30,000" in Page(path).cells
+
+
+def test_picture_is_one_svg_with_both_values_of_every_set(tiny: TinyRun, tmp_path: Path) -> None:
+    write_result_picture(tiny.folder, tmp_path / "docs/result.svg")
+    root = ElementTree.parse(tmp_path / "docs/result.svg").getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    for shown in ("law", "wiki", "1.250", "1.000 (-20.0%)", "1.500", "1.492 (-0.5%)"):
+        assert any(text.strip() == shown for text in texts), (shown, texts)
