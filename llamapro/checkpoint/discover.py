@@ -11,7 +11,7 @@ from pathlib import Path
 from llamapro import console
 from llamapro.checkpoint.folder import Checkpoint, check_digest, open_checkpoint, read_checked_manifest, read_checkpoint
 from llamapro.checkpoint.layout import QUARANTINE, parse_folder_name, pointer_path, read_pointer
-from llamapro.errors import Corrupted
+from llamapro.errors import Corrupted, UserError
 from llamapro.files.atomic import STAGING, TRASH, fsync_folder, remove_leftovers, remove_tree, write_atomic
 from llamapro.ranks import Ranks
 
@@ -43,10 +43,9 @@ def find_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
 
     Raises:
         Corrupted: there are checkpoints, but none is valid.
+        UserError: the folder can't be read.
     """
-    if ranks.rank == 0:
-        _clear_leftovers(root)
-    names: list[str] = ranks.broadcast_json([folder.name for folder in _newest_first(root)])
+    names, quarantined = _candidates(root, ranks)
     problems: dict[str, str] = {}
     for name in names:
         checkpoint, problem = _check_together(root.absolute() / name, ranks)
@@ -56,7 +55,6 @@ def find_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
             ranks.barrier()
             return checkpoint
         problems[name] = problem
-    quarantined: list[str] = ranks.broadcast_json([folder.name for folder in _quarantined(root)])
     if problems or quarantined:
         raise Corrupted(_refusal(root, problems, quarantined))
     return None
@@ -92,14 +90,28 @@ def prune(root: Path, keep: int, keep_every_steps: int | None) -> list[Path]:
     return deleted
 
 
+def _candidates(root: Path, ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Names of checkpoint folders, newest first, and of quarantined ones: what rank 0 sees after cleaning up."""
+    names: list[str] = []
+    quarantined: list[str] = []
+    problem = ""
+    if ranks.rank == 0:
+        try:
+            _clear_leftovers(root)
+            names = [folder.name for folder in _newest_first(root)]
+            quarantined = sorted(folder.name for folder in _folders(root) if folder.name.startswith(QUARANTINE))
+        except OSError as error:
+            problem = str(error)
+    names, quarantined, problem = ranks.broadcast_json([names, quarantined, problem])
+    if problem:
+        raise UserError(f"{root} can't be searched for checkpoints: {problem}; check run.folder and its permissions")
+    return names, quarantined
+
+
 def _newest_first(root: Path) -> Iterator[Path]:
     """Checkpoint folders by step, then revision; clocks do not matter."""
     found = [(parsed, folder) for folder in _folders(root) if (parsed := parse_folder_name(folder.name))]
     return (folder for _, folder in sorted(found, reverse=True))
-
-
-def _quarantined(root: Path) -> list[Path]:
-    return sorted(folder for folder in _folders(root) if folder.name.startswith(QUARANTINE))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -109,13 +121,14 @@ def _folders(root: Path) -> list[Path]:
 def _examine(folder: Path, *, digests: bool) -> Listed:
     parsed = parse_folder_name(folder.name)
     assert parsed is not None
-    nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    nbytes = 0
     try:
+        nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
         if digests:
             open_checkpoint(folder)
         else:
             read_checked_manifest(folder)
-    except Corrupted as error:
+    except (Corrupted, OSError) as error:
         return Listed(folder, parsed[0], nbytes, str(error))
     return Listed(folder, parsed[0], nbytes, "")
 
@@ -143,7 +156,10 @@ def _settle(root: Path, valid: Path, problems: dict[str, str]) -> None:
         except OSError as error:
             console.warning(f"{problem}; continuing from {valid.name}, renaming it failed: {error}")
     if read_pointer(root) != root / valid.name:
-        write_atomic(pointer_path(root), f"{valid.name}\n")
+        try:
+            write_atomic(pointer_path(root), f"{valid.name}\n")
+        except OSError as error:
+            console.warning(f"{pointer_path(root)} could not be pointed at {valid.name}: {error}")
 
 
 def _quarantine(folder: Path) -> Path:

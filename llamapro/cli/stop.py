@@ -25,5 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_atomic(folder.stop_file, "stop\n")
     except OSError as error:
         raise UserError(f"{folder.stop_file} can't be written: {error}") from error
-    console.result(f"asked {arguments.run} to save and stop (the file {folder.stop_file}); delete it to change your mind")
+    console.result(
+        f"asked {arguments.run} to save and stop (the file {folder.stop_file}); delete it to change your mind"
+    )
     return 0

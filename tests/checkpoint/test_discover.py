@@ -16,9 +16,19 @@ from llamapro.checkpoint.discover import find_checkpoint, list_checkpoints, prun
 from llamapro.checkpoint.folder import open_checkpoint
 from llamapro.checkpoint.layout import parse_folder_name, pointer_path, read_pointer
 from llamapro.checkpoint.restore import load_checkpoint
-from llamapro.errors import Corrupted
+from llamapro.errors import Corrupted, UserError
+from llamapro.files.digests import xxh3_file
+from llamapro.files.manifest import describe_files
 from llamapro.ranks import Ranks
-from tests.support.checkpoint import SlicedState, gathered, on_threads, random_values, same_values, save_solo, tiny_record
+from tests.support.checkpoint import (
+    SlicedState,
+    gathered,
+    on_threads,
+    random_values,
+    same_values,
+    save_solo,
+    tiny_record,
+)
 
 MEMBERS = ("rank-00000.safetensors", "index.json", "state.json", "expansion.json", "manifest.json")
 RECORD = tiny_record({"model.norm.weight": torch.ones(3, dtype=torch.bfloat16)})
@@ -99,6 +109,11 @@ def spoil_swapped(folder: Path) -> None:
     (folder / "x").rename(folder / "index.json")
 
 
+def spoil_replaced(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-00000010"), folder)
+
+
 SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated tensors": (spoil_truncated, "rank-00000.safetensors has"),
     "empty tensors": (lambda folder: (folder / MEMBERS[0]).write_bytes(b""), "rank-00000.safetensors has 0 bytes"),
@@ -109,10 +124,7 @@ SPOILS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "stale tensors": (spoil_stale, "rank-00000.safetensors differs from its recorded digest"),
     "swapped files": (spoil_swapped, "state.json has|index.json has"),
     "extra file": (lambda folder: (folder / "optimizer.pt").touch(), "optimizer.pt is not in the manifest"),
-    "another step's folder": (
-        lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.with_name("step-00000010"), folder)),
-        "disagree about the step",
-    ),
+    "another step's folder": (spoil_replaced, "disagree about the step"),
 }
 
 
@@ -208,13 +220,9 @@ def test_quarantined_ones_alone_are_no_fresh_start_either(root: Path) -> None:
 
 def test_all_ranks_refuse_with_the_same_words(root: Path) -> None:
     for folder in list(root.iterdir()):
-        spoil_stale_or_cut(folder)
+        flip_bit(folder / "rank-00000.safetensors", 8 * 700)
     errors = on_threads(3, lambda ranks: find_checkpoint(root, ranks))
     assert len({str(error) for error in errors}) == 1 and all(isinstance(error, Corrupted) for error in errors)
-
-
-def spoil_stale_or_cut(folder: Path) -> None:
-    flip_bit(folder / "rank-00000.safetensors", 8 * 700)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -224,7 +232,9 @@ def test_damage_that_only_one_rank_looks_at_is_known_to_all(root: Path, member: 
     assert [checkpoint.step for checkpoint in found] == [10] * len(MEMBERS)
 
 
-@pytest.mark.parametrize("text", [None, b"", b"\xff\xfe garbage", b"step-00000099\n", b"../../etc\n", b"step-00000010\n"])
+@pytest.mark.parametrize(
+    "text", [None, b"", b"\xff\xfe garbage", b"step-00000099\n", b"../../etc\n", b"step-00000010\n"]
+)
 def test_the_pointer_is_never_trusted_and_is_repaired(root: Path, text: bytes | None) -> None:
     pointer = pointer_path(root)
     pointer.unlink() if text is None else pointer.write_bytes(text)
@@ -242,19 +252,40 @@ def test_a_newer_format_is_not_read(root: Path) -> None:
 
 
 def test_an_unreadable_file_is_named_and_the_one_before_is_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamapro.checkpoint import folder as module
-
-    digest = module.xxh3_file
-
     def fail(path: Path) -> str:
         if path.parent.name == "step-00000020" and path.suffix == ".safetensors":
             raise OSError(5, "Input/output error", str(path))
-        return digest(path)
+        return xxh3_file(path)
 
-    monkeypatch.setattr(module, "xxh3_file", fail)
+    monkeypatch.setattr("llamapro.checkpoint.folder.xxh3_file", fail)
     with pytest.raises(Corrupted, match="rank-00000.safetensors can't be read: .*Input/output error"):
         open_checkpoint(root / "step-00000020")
     assert found_step(root) == 10
+
+
+def test_a_folder_that_cannot_be_searched_is_named_on_every_rank(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    errors = on_threads(2, lambda ranks: find_checkpoint(root, ranks))
+    assert [type(error) for error in errors] == [UserError] * 2
+    assert str(errors[0]) == str(errors[1]) and "Permission denied" in str(errors[0]) and "run.folder" in str(errors[0])
+
+
+def test_a_run_folder_that_cannot_be_written_still_continues(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, *_: object) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    spoil_truncated(root / "step-00000020")
+    monkeypatch.setattr("llamapro.checkpoint.discover.write_atomic", fail)
+    monkeypatch.setattr(Path, "rename", fail)
+    found = on_threads(2, lambda ranks: find_checkpoint(root, ranks))
+    assert [checkpoint.step for checkpoint in found] == [10, 10]
+    message = capfd.readouterr().err
+    assert "renaming it failed" in message and "could not be pointed at" in message
 
 
 class Payload:
@@ -288,8 +319,6 @@ def test_a_planted_pickle_is_never_opened(root: Path, tmp_path: Path, member: st
 
 def reseal(folder: Path) -> None:
     """Make the manifest agree with the planted file, as an attacker would."""
-    from llamapro.files.manifest import describe_files
-
     path = folder / "manifest.json"
     manifest = orjson.loads(path.read_bytes())
     manifest["files"] = {name: entry.model_dump() for name, entry in describe_files(folder, "xxh3-128").items()}
@@ -336,13 +365,11 @@ def test_prune_never_deletes_what_latest_names_nor_what_is_damaged(tmp_path: Pat
 def test_a_deletion_that_fails_is_only_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from llamapro.checkpoint import discover
-
     def fail(path: Path) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
     root = tmp_path / "checkpoints"
     fill(root, range(1, 4))
-    monkeypatch.setattr(discover, "remove_tree", fail)
+    monkeypatch.setattr("llamapro.checkpoint.discover.remove_tree", fail)
     assert prune(root, keep=1, keep_every_steps=None) == []
     assert "step-00000001 could not be deleted" in capfd.readouterr().err

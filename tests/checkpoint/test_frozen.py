@@ -70,7 +70,9 @@ def test_one_flipped_bit_is_noticed_and_named(world_size: int) -> None:
     record = tiny_record(base_tensors())
     for place, bit in ((0, 0), (31, 15), (62, 7)):
         tensors = base_tensors()
-        tensors["model.layers.2.mlp.up_proj.weight"].flatten().view(torch.int16)[place] ^= 1 << bit if bit < 15 else -32768
+        tensors["model.layers.2.mlp.up_proj.weight"].flatten().view(torch.int16)[place] ^= (
+            1 << bit if bit < 15 else -32768
+        )
         proof = proof_of(tensors, record, world_size=world_size)
         assert proof.equal == 3 and proof.different == ("model.layers.2.mlp.up_proj.weight (bits differ)",)
         assert str(proof) == (

@@ -1,5 +1,6 @@
 """The rank file is plain safetensors; what is read back is what was handed over."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,12 @@ def test_the_places_in_the_index_are_where_the_bytes_are(tmp_path: Path) -> None
     write_rank_file(tmp_path / NAME, plan)
     data = (tmp_path / NAME).read_bytes()
     for (name, shape, place), fragment in zip(plan.placed, fragments(), strict=True):
-        assert (name, shape, place.start, place.count) == (fragment.name, fragment.shape, fragment.start, fragment.count)
+        assert (name, shape, place.start, place.count) == (
+            fragment.name,
+            fragment.shape,
+            fragment.start,
+            fragment.count,
+        )
         for key, tensor in fragment.tensors.items():
             found = torch.frombuffer(bytearray(data), dtype=torch.float32, count=place.count, offset=place.offsets[key])
             assert torch.equal(found, tensor)
@@ -56,8 +62,8 @@ def test_large_tensors_are_copied_in_chunks(tmp_path: Path, monkeypatch: pytest.
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write_rank_file(tmp_path / "whole", plan_rank_file(NAME, fragments()))
-    write = rank_file.os.write
-    monkeypatch.setattr(rank_file.os, "write", lambda descriptor, data: write(descriptor, bytes(data[:7])))
+    write = os.write
+    monkeypatch.setattr("os.write", lambda descriptor, data: write(descriptor, bytes(data[:7])))
     assert write_rank_file(tmp_path / "short", plan_rank_file(NAME, fragments())) == whole
     assert xxh3_file(tmp_path / "short") == whole.digest
 

@@ -1,5 +1,8 @@
 """What is loaded equals what was saved, bit for bit, whatever the number of ranks and the way of cutting."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +76,7 @@ def test_a_slice_reads_only_its_own_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     on_threads(3, lambda ranks: save_share(ranks, root, "parameter"))
     tensors = CheckpointTensors.open(root / "step-00000012")
     read: list[int] = []
-    preadv = __import__("os").preadv
+    preadv = os.preadv
 
     def recorded(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         read.append(sum(len(buffer) for buffer in buffers))
@@ -131,3 +134,8 @@ def test_other_trainable_parameters_are_refused_before_anything_is_loaded(
     states = on_threads(2, work)
     loaded = [tensors["master"].abs().max() for state in states for _, tensors in state.slices.values()]
     assert max(loaded) == 0
+
+
+def test_reading_a_checkpoint_needs_no_torch() -> None:
+    code = "import sys, llamapro.checkpoint.tensors; sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,7 @@
 """A save is whole or absent, on every rank alike, and ends in the documented folder."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from llamapro.checkpoint.discover import find_checkpoint
 from llamapro.checkpoint.folder import open_checkpoint
 from llamapro.checkpoint.layout import pointer_path
 from llamapro.checkpoint.save import SaveFailed, save_checkpoint
-from llamapro.files import disk
 from llamapro.ranks import Ranks
 from tests.support.checkpoint import SHAPES, SlicedState, on_threads, random_values, save_solo, tiny_record
 
@@ -110,8 +110,8 @@ def test_a_full_disk_on_one_rank_aborts_everywhere_and_training_can_go_on(
 
 
 def test_a_real_full_file_system_is_reported_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = rank_file.os.open
-    monkeypatch.setattr(rank_file.os, "open", lambda path, *rest, **more: real("/dev/full", rank_file.os.O_WRONLY))
+    real = os.open
+    monkeypatch.setattr("os.open", lambda path, *rest, **more: real("/dev/full", os.O_WRONLY))
     with pytest.raises(SaveFailed, match=r"rank 0: \[Errno 28\] No space left on device"):
         save_solo(tmp_path / "checkpoints", 3, seed=0)
     monkeypatch.undo()
@@ -150,7 +150,7 @@ def test_too_little_space_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     errors = save_on(2, tmp_path / "checkpoints", 9)
     assert [type(error) for error in errors] == [SaveFailed, SaveFailed]
     assert "checkpoint of step 9 needs" in str(errors[1])

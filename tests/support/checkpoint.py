@@ -190,4 +190,3 @@ def _shares(
         if low < high:
             yield name, low, high
         begin += size
-

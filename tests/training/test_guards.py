@@ -96,7 +96,9 @@ def test_endless_skipping_stops_the_run_with_the_last_reason() -> None:
         target.objection(math.nan, 1.0)
         target.check_limit()
     target.objection(2.0, math.inf)
-    with pytest.raises(CheckFailed, match="3 steps in a row were skipped, the last because: gradient norm is inf") as caught:
+    with pytest.raises(
+        CheckFailed, match="3 steps in a row were skipped, the last because: gradient norm is inf"
+    ) as caught:
         target.check_limit()
     assert caught.value.exit_code == 1
 
