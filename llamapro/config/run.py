@@ -14,7 +14,7 @@ class RunSection(Section):
     folder: FilePath = Path("runs/default")
     """Run folder: configuration, checkpoints, metrics, logs. Starting again with the same folder continues the run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Seed of the data order and of every random number; each step seeds every rank from (seed, step, rank)."""
 
     stop_after_minutes: Positive | None = None

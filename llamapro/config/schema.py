@@ -97,6 +97,15 @@ def field_annotation(field: FieldInfo) -> Any:
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes in an annotation: itself, or what its lists and mappings hold."""
+    found = _models(annotation)
+    for part in map(_plain, members(annotation)):
+        if get_origin(part) in (dict, tuple):
+            found += [model for argument in get_args(part) for model in _models(argument)]
+    return found
+
+
 def _child(annotation: Any, key: str) -> Any:
     for part in map(_plain, members(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel) and key in part.model_fields:
@@ -158,11 +167,15 @@ def _expected_number(kind: type, constraints: Iterable[Any]) -> str:
     words = ["an integer" if kind is int else "a number"]
     for item in constraints:
         if isinstance(item, Gt):
-            words.append("at least 1" if kind is int else f"above {item.gt:g}")
+            words.append("at least 1" if kind is int else f"above {_number(item.gt)}")
         elif isinstance(item, Ge):
-            words.append(f"at least {item.ge:g}")
+            words.append(f"at least {_number(item.ge)}")
         elif isinstance(item, Lt):
-            words.append(f"below {item.lt:g}")
+            words.append(f"below {_number(item.lt)}")
         elif isinstance(item, Le):
-            words.append(f"at most {item.le:g}")
+            words.append(f"at most {_number(item.le)}")
     return ", ".join(words)
+
+
+def _number(bound: Any) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

@@ -79,7 +79,7 @@ def choose(
     the smallest.
 
     Args:
-        budget_bytes: memory per device that may be used; None: unknown, so that everything fits.
+        budget_bytes: memory per device that may be used; None: unknown, then stage 1 and one sequence are chosen.
         zero_stage, micro_sequences: given, not to be chosen.
         most_micro_tokens: upper bound of the micro-batch in tokens (at least one sequence is always allowed).
     """
@@ -88,6 +88,7 @@ def choose(
     stages = (zero_stage,) if zero_stage else ZERO_STAGES
     stage = next((stage for stage in stages if job.memory(stage, smallest).total <= budget), stages[-1])
     largest = job.share if most_micro_tokens is None else most_micro_tokens // job.sequence_length
+    largest = 1 if budget_bytes is None else largest
     candidates = range(1, max(1, min(job.share, largest)) + 1)
     fitting = [micro for micro in candidates if job.memory(stage, micro).total <= budget] or [1]
     micro = micro_sequences or min(fitting, key=lambda size: (_padded_rows(job.share, size), -size))

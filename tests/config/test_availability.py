@@ -1,0 +1,66 @@
+"""Settings that this version can't honour are refused by name, and only those values of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamapro.config.availability import UNAVAILABLE, setting, unavailable_settings
+from tests.support.config import config_of
+
+REFUSED: dict[str, list[Any]] = {
+    "model.trainable": ["lora"],
+    "objective.replay_kl": [0.1],
+    "engine.precision": ["fp8-frozen"],
+    "engine.offload": ["optimizer"],
+    "engine.activation_memory_gib": [10, 2.5],
+    "engine.compile": ["on"],
+    "engine.attention": ["flash", "cudnn"],
+    "guards.spike": ["rollback"],
+    "guards.retention": [{"set": "law"}],
+    "logging.trackers": [["wandb"], ["tensorboard", "mlflow"]],
+}
+HONOURED: dict[str, list[Any]] = {
+    "model.trainable": ["new", "all", [1, 2]],
+    "engine.precision": ["bf16", "float32"],
+    "engine.activation_memory_gib": ["auto", "unlimited"],
+    "engine.compile": ["auto", "off"],
+    "engine.attention": ["auto", "sdpa", "math"],
+    "guards.spike": ["skip", "off"],
+    "logging.trackers": [["tensorboard"], []],
+}
+# What has to stand beside a value so that no rule between fields is broken.
+BESIDE: dict[str, dict[str, Any]] = {
+    "model.trainable": {"lora": {"rank": 8, "alpha": 16}},
+    "objective.replay_kl": {"sets": ["wiki"]},
+}
+
+
+def pairs(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+def test_defaults_are_available(tmp_path: Path) -> None:
+    assert unavailable_settings(config_of(tmp_path)) == []
+
+
+def test_every_row_is_tried_below() -> None:
+    assert {row.key for row in UNAVAILABLE} == REFUSED.keys()
+
+
+@pytest.mark.parametrize(("key", "value"), pairs(REFUSED))
+def test_a_value_that_can_not_be_honoured_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+    section, field = key.split(".")
+    config = config_of(tmp_path, **{section: {field: value, **BESIDE.get(key, {})}})
+    (problem,) = unavailable_settings(config)
+    assert problem.startswith(f"{key}: ") and "is not available in this version; " in problem
+
+
+@pytest.mark.parametrize(("key", "value"), pairs(HONOURED))
+def test_a_value_that_is_honoured_is_accepted(tmp_path: Path, key: str, value: Any) -> None:
+    section, field = key.split(".")
+    assert unavailable_settings(config_of(tmp_path, **{section: {field: value}})) == []
+
+
+def test_a_setting_is_found_by_its_dotted_key(tmp_path: Path) -> None:
+    assert setting(config_of(tmp_path, schedule={"steps": 17}), "schedule.steps") == 17

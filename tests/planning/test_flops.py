@@ -1,0 +1,95 @@
+"""FLOPs per token: the published numbers of the paper's model, and torch's own counter on a tiny one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamapro.planning.flops import FlopsPerToken, flops_per_token
+from llamapro.planning.shape import DecoderShape, Learning
+
+LLAMA2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
+NEW = frozenset(range(4, 40, 5))
+GIGA = 1e9
+
+
+def paper(learning: Learning, blocks: int = 40) -> FlopsPerToken:
+    return flops_per_token(DecoderShape.from_config(LLAMA2_7B).with_blocks(blocks), learning, 4096)
+
+
+def test_the_parts_of_the_papers_run() -> None:
+    flops = paper(Learning(NEW))
+    assert flops.forward_linear / GIGA == pytest.approx(16.452, abs=5e-4)
+    assert flops.forward_attention / GIGA == pytest.approx(1.342, abs=5e-4)
+    assert flops.input_gradient / GIGA == pytest.approx(14.833, abs=5e-4)
+    assert flops.attention_backward / GIGA == pytest.approx(2.416, abs=5e-4)
+    assert (flops.attention_backward + flops.attention_recompute) / GIGA == pytest.approx(3.020, abs=5e-4)
+    assert flops.weight_gradient / GIGA == pytest.approx(3.238, abs=5e-4)
+    assert flops.model / GIGA == pytest.approx(38.281, abs=5e-4)
+    assert flops.hardware / GIGA == pytest.approx(38.885, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("learning", "blocks", "gflops"),
+    [
+        (Learning(frozenset(), everything=True), 40, 53.38),
+        (Learning(frozenset(), everything=True), 32, 42.86),
+        (Learning(frozenset(range(32, 40))), 40, 25.20 - 8 * 0.5 * 0.03355),
+    ],
+    ids=["all 40 blocks", "the base, fully trained", "new blocks on top"],
+)
+def test_other_ways_to_train_the_same_model(learning: Learning, blocks: int, gflops: float) -> None:
+    assert paper(learning, blocks).model / GIGA == pytest.approx(gflops, abs=6e-3)
+
+
+def test_nothing_that_learns_costs_a_forward_pass() -> None:
+    flops = paper(Learning(frozenset()))
+    assert flops.model == flops.hardware == flops.forward
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    return LlamaConfig(**{**sizes, **changes}, attn_implementation="eager")
+
+
+def counted(config: LlamaConfig, learning: Learning, rows: int, length: int) -> float:
+    """FLOPs of one forward and backward pass as torch counts them."""
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        block = name.removeprefix("model.layers.").partition(".")[0]
+        parameter.requires_grad_(learning.everything or (block.isdecimal() and int(block) in learning.blocks))
+    ids = torch.randint(0, config.vocab_size, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    "learning",
+    [Learning(frozenset({2, 4})), Learning(frozenset({1})), Learning(frozenset({0, 4})), Learning(frozenset(), True)],
+    ids=["2 and 4", "1", "0 and 4", "everything"],
+)
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 16, "num_key_value_heads": 4}], ids=["grouped", "wide heads"])
+def test_torch_counts_the_same(learning: Learning, changes: dict[str, Any]) -> None:
+    config, rows, length = tiny_config(**changes), 2, 12
+    flops = flops_per_token(DecoderShape.from_config(config.to_dict()), learning, length)
+    attention = flops.forward_attention + flops.attention_backward
+    # torch counts the whole square of the scores, this project the causal half.
+    expected = rows * length * (flops.model + attention)
+    assert counted(config, learning, rows, length) == expected

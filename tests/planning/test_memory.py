@@ -1,0 +1,124 @@
+"""Memory by hand for the paper's model, and torch's own account of what a block keeps."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from llamapro.planning.memory import (
+    Memory,
+    activation_bytes_per_token,
+    estimate_memory,
+    frozen_block_bytes,
+    fused_frozen_block_bytes,
+    fused_trainable_block_bytes,
+    trainable_block_bytes,
+)
+from llamapro.planning.shape import DecoderShape, Learning
+
+SHAPE = DecoderShape(
+    hidden=4096,
+    intermediate=11008,
+    blocks=40,
+    heads=32,
+    key_value_heads=32,
+    head_dim=128,
+    vocabulary=32000,
+    tied=False,
+)
+NEW = Learning(frozenset(range(4, 40, 5)))
+GIGA = 1e9
+
+
+def paper(zero_stage: int, world_size: int, precision: str = "bf16") -> Memory:
+    return estimate_memory(
+        SHAPE, NEW, precision=precision, zero_stage=zero_stage, world_size=world_size, micro_tokens=4096
+    )
+
+
+def test_the_papers_model_on_one_device() -> None:
+    memory = paper(1, 1)
+    assert memory.weights / GIGA == pytest.approx(16.71, abs=0.01)
+    assert memory.gradients / GIGA == pytest.approx(6.48, abs=0.01)
+    assert memory.optimizer / GIGA == pytest.approx(19.43, abs=0.01)
+    assert memory.static / GIGA == pytest.approx(42.6, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("stage", "static"),
+    [
+        (1, 16.715 + 6.476 + 19.429 / 16),
+        (2, 16.715 + (6.476 + 19.429) / 16),
+        (3, (16.715 + 6.476 + 19.429) / 16),
+    ],
+)
+def test_what_each_stage_splits_over_16_devices(stage: int, static: float) -> None:
+    memory = paper(stage, 16)
+    assert (memory.static - memory.gathered) / GIGA == pytest.approx(static, abs=0.01)
+
+
+def test_only_stage_3_on_several_devices_gathers() -> None:
+    assert paper(3, 16).gathered == 2 * (2 * 202_383_360 + 32000 * 4096)
+    assert paper(3, 1).gathered == paper(2, 16).gathered == 0
+    assert paper(3, 1).static == paper(1, 1).static
+
+
+def test_float32_doubles_weights_and_nothing_that_already_is() -> None:
+    assert paper(1, 1, "float32").weights == 2 * paper(1, 1).weights
+    assert paper(1, 1, "float32").optimizer == paper(1, 1).optimizer
+
+
+def test_what_blocks_keep_with_fused_kernels() -> None:
+    assert fused_frozen_block_bytes(SHAPE, 2) == 93_312
+    assert fused_trainable_block_bytes(SHAPE, 2) == 131_712
+
+
+def test_prefix_blocks_keep_nothing() -> None:
+    kept = activation_bytes_per_token(SHAPE, NEW, 2)
+    assert kept == 28 * frozen_block_bytes(SHAPE, 2) + 8 * trainable_block_bytes(SHAPE, 2)
+    assert activation_bytes_per_token(SHAPE, Learning(frozenset()), 2) == 0
+
+
+def test_logits_are_bounded_by_the_loss_working_in_chunks() -> None:
+    few = estimate_memory(SHAPE, NEW, precision="bf16", zero_stage=1, world_size=1, micro_tokens=10)
+    assert few.logits == 10 * 32000 * 4 * 3
+    many = estimate_memory(SHAPE, NEW, precision="bf16", zero_stage=1, world_size=1, micro_tokens=100_000)
+    assert many.logits == 2**27 * 4 * 3
+
+
+def saved_bytes_per_token(trainable: bool) -> tuple[float, DecoderShape]:
+    """Bytes of the distinct activations that a transformers block really saves, frozen linears' inputs apart."""
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attn_implementation="sdpa",
+    )
+    rows, length = 2, 64
+    block = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(trainable)
+    hidden = torch.randn(rows, length, 64, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(length).expand(rows, -1)
+    rotary = LlamaRotaryEmbedding(config)(hidden, positions)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*rotary, *block.parameters())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = block(hidden, position_embeddings=rotary)
+    assert result.requires_grad
+    return sum(saved.values()) / (rows * length), DecoderShape.from_config(config.to_dict())
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
+def test_a_real_block_keeps_about_what_is_planned(trainable: bool) -> None:
+    measured, shape = saved_bytes_per_token(trainable)
+    planned = (trainable_block_bytes if trainable else frozen_block_bytes)(shape, 2)
+    assert measured == pytest.approx(planned, rel=0.1)
