@@ -98,9 +98,10 @@ def activation_bytes_per_token(shape: DecoderShape, learning: Learning, width: i
 def frozen_block_bytes(shape: DecoderShape, width: int) -> int:
     """Bytes per token that a frozen block keeps, run operation by operation.
 
-    Beyond what fused kernels keep: the norms work on float32 copies of their inputs, and the activation of the gate.
+    Beyond what fused kernels keep: the norms keep float32 copies of their inputs and their scales, the gate its
+    activation.
     """
-    norms = 2 * shape.hidden * (FLOAT32_BYTES - width)
+    norms = 2 * (shape.hidden * (FLOAT32_BYTES - width) + FLOAT32_BYTES)
     return fused_frozen_block_bytes(shape, width) + norms + shape.intermediate * width
 
 

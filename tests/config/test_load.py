@@ -18,6 +18,8 @@ data:
     wi-ki: {path: data/wiki, weight: 0.2}
 schedule: {learning_rate: 2e-4, steps: 100}
 """
+# Settings that hold settings: not one line of the help.
+MAPPINGS = {"data.stages", "data.sources", "model.lora", "guards.retention"}
 # One mistake per line.
 BROKEN = """\
 model:

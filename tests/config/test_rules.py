@@ -9,6 +9,7 @@ from llamapro.errors import ConfigError
 from tests.support.config import config_of
 
 REPEATED = {"law": {"path": "a", "repeat": 1.5}, "wiki": {"path": "b", "repeat": 1}}
+MIXED = {"law": {"path": "a", "weight": 1}, "wiki": {"path": "b", "repeat": 1}}
 
 BROKEN: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     (
