@@ -5,13 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from llamapro.engine.environment import prepare_environment
-
-prepare_environment()
-
 from tests.support.pool import WorkerPool
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+prepare_environment()  # before any test imports torch or deepspeed: both read it on import
 
 LEFT_OUT = ("gpu", "slow", "cluster")
 

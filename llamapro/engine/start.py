@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
+import deepspeed  # type: ignore[import-untyped]
+import deepspeed.ops  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.comm import comm as deepspeed_comm
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as ZeroInitBase
+from deepspeed.accelerator import get_accelerator  # type: ignore[import-untyped]
+from deepspeed.comm import comm as deepspeed_comm  # type: ignore[import-untyped]
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as ZeroInitBase  # type: ignore[import-untyped]
 
 from llamapro import console
 from llamapro.config.engine import EngineConfig

@@ -73,7 +73,8 @@ class WorkerPool:
 
     def _collect(self, workers: Sequence["_Worker"], timeout: float) -> list[tuple[bool, Any]]:
         answers: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + timeout + START_TIMEOUT_SECONDS * any([worker.take_fresh() for worker in workers])
+        fresh = [worker.take_fresh() for worker in workers]
+        deadline = time.monotonic() + timeout + (START_TIMEOUT_SECONDS if any(fresh) else 0.0)
         pending = {worker.connection: rank for rank, worker in enumerate(workers)}
         broken = False
         while pending and not broken:

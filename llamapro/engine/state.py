@@ -1,0 +1,148 @@
+"""What training changes, and what it must not, as named slices: the same at every ZeRO stage and world size.
+
+DeepSpeed keeps float32 weights and optimizer state in flat partitions. Where a parameter lies in them is known from
+`_hp_mapping` (stages 1 and 2) and from `grad_position` (stage 3, where the last parts are padded).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from llamapro.engine.adamw import MOMENTS, AdamW, full_shape
+from llamapro.ranks import Ranks
+
+MASTER = "master"
+
+ReadSlice = Callable[[str, str, int, int], torch.Tensor]
+"""read(name, key, start, count): a 1-D float32 tensor."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous slice of one trainable parameter with its optimizer state.
+
+    Attributes:
+        name: the parameter's name in the Hugging Face model.
+        start: index of the slice's first element in the flattened parameter.
+        shape: of the whole parameter.
+        tensors: "master", "exp_avg" and "exp_avg_sq": 1-D float32 views of the live state, all of one length.
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of elements in the slice."""
+        return int(self.tensors[MASTER].numel())
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a slice of a parameter lies in a flat partition of this rank.
+
+    Attributes:
+        start: index of the slice's first element in the flattened parameter.
+        count: number of elements, padding excluded.
+        partition: the flat float32 partition.
+        offset: index of the slice's first element in the partition.
+    """
+
+    start: int
+    count: int
+    partition: torch.Tensor
+    offset: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The slice of a flat tensor that is laid out like the partition."""
+        return flat.detach().narrow(0, self.offset, self.count)
+
+
+class NamedState:
+    """The trained state of this rank by parameter name."""
+
+    def __init__(
+        self, zero_optimizer: Any, optimizer: AdamW, trainable: Sequence[tuple[str, nn.Parameter]], zero_stage: int
+    ) -> None:
+        self._zero_optimizer = zero_optimizer
+        self._optimizer = optimizer
+        self._trainable = list(trainable)
+        self._stage3 = zero_stage == 3
+        optimizer.make_state(self._partitions())
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's slices; over all ranks every element of every trainable parameter occurs exactly once."""
+        for name, parameter in self._trainable:
+            place = self._place(parameter)
+            if place is not None:
+                state = self._optimizer.state[place.partition]
+                flats = {MASTER: place.partition, **{key: state[key] for key in MOMENTS}}
+                tensors = {key: place.of(flat) for key, flat in flats.items()}
+                yield Fragment(name, place.start, full_shape(parameter), tensors)
+
+    def load(self, read: ReadSlice, optimizer_steps: int) -> None:
+        """Replace float32 weights, optimizer state and the low-precision copies; collective."""
+        for fragment in self.fragments():
+            for key, tensor in fragment.tensors.items():
+                tensor.copy_(read(fragment.name, key, fragment.start, fragment.count))
+        self._optimizer.steps = optimizer_steps
+        self._refresh_low_precision()
+
+    def _place(self, parameter: nn.Parameter) -> Placement | None:
+        """Where this rank's slice of a parameter lies; None when it holds none of it."""
+        return self._stage3_place(parameter) if self._stage3 else self._replicated_place(parameter)
+
+    def _stage3_place(self, parameter: Any) -> Placement | None:
+        zero = self._zero_optimizer
+        group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+        start = padded * parameter.ds_zero_partition_rank
+        count = min(padded, parameter.ds_numel - start)
+        return Placement(start, count, zero.fp32_partitioned_groups_flat[group], offset) if count > 0 else None
+
+    def _replicated_place(self, parameter: Any) -> Placement | None:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Placement(low.start, low.numel, self._partitions()[mapping.param_group_index], high.start)
+
+    def _partitions(self) -> list[torch.Tensor]:
+        """The flat float32 partitions of this rank, under the name each of DeepSpeed's three optimizers has."""
+        zero = self._zero_optimizer
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        partitions: list[torch.Tensor] = next(getattr(zero, name) for name in names if hasattr(zero, name))
+        return partitions
+
+    def _refresh_low_precision(self) -> None:
+        zero = self._zero_optimizer
+        if not self._stage3:
+            zero.update_lp_params()
+            return
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def frozen_slices(frozen: Sequence[tuple[str, nn.Parameter]], ranks: Ranks) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """The live values of frozen parameters: (name, index of the first element, 1-D tensor).
+
+    Over all ranks each element occurs exactly once: a part of its own where stage 3 cut the parameter, else an equal
+    share of the copy that every rank holds.
+    """
+    for name, parameter in frozen:
+        cut = hasattr(parameter, "ds_tensor") and not parameter.ds_persist  # type: ignore[attr-defined]
+        count = prod(full_shape(parameter))
+        part = parameter.ds_tensor.numel() if cut else ceil(count / ranks.world_size)  # type: ignore[attr-defined]
+        start = part * ranks.rank
+        own = max(0, min(part, count - start))
+        if own and cut:
+            yield name, start, parameter.ds_tensor.detach().flatten()[:own]  # type: ignore[attr-defined]
+        elif own:
+            yield name, start, parameter.detach().flatten()[start : start + own]
