@@ -19,7 +19,7 @@ LAUNCH = Path(__file__).resolve().parents[1]
 BASE_ID = "SmolLM2-135M-Instruct-Q4_1"
 NEW_BLOCKS = 6
 HELDOUT_FRACTION = 0.04
-DOMAIN, GENERAL = "phenotypes", "wikipedia"
+DOMAIN, GENERAL = "hpo", "wiki"  # the names of the sources in the recipe
 SHORT_RUN_SEQUENCES = 8
 PROMPTS = ("Macrocephaly:", "Sensorineural hearing impairment:")
 
