@@ -11,7 +11,7 @@ from llamapro.errors import Corrupted, ModelRefused, UserError
 from llamapro.expansion.record import CONFIG_NAME
 from llamapro.files.tensors import INDEX_FILE, SINGLE_FILE
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", flags=re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", flags=re.ASCII)
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
 # What a model consists of besides its config and weights.
@@ -43,7 +43,7 @@ def resolve_model(path_or_hub_id: str, *, allow_pickle: bool = False) -> Path:
         UserError: it is neither a folder nor the id of a repository that can be fetched.
     """
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    if path_or_hub_id and folder.is_dir():
         return folder
     if folder.suffix == ".gguf":
         raise ModelRefused(f"{path_or_hub_id} is a GGUF file; convert it to safetensors first")
