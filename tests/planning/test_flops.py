@@ -65,7 +65,7 @@ def tiny_config(**changes: Any) -> LlamaConfig:
         "num_key_value_heads": 2,
         "head_dim": 8,
     }
-    return LlamaConfig(**{**sizes, **changes}, attn_implementation="eager")
+    return LlamaConfig(**{**sizes, **changes, "attn_implementation": "eager"})
 
 
 def counted(config: LlamaConfig, learning: Learning, rows: int, length: int) -> float:

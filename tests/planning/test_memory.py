@@ -1,5 +1,7 @@
 """Memory by hand for the paper's model, and torch's own account of what a block keeps."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -88,15 +90,16 @@ def test_logits_are_bounded_by_the_loss_working_in_chunks() -> None:
 
 def saved_bytes_per_token(trainable: bool) -> tuple[float, DecoderShape]:
     """Bytes of the distinct activations that a transformers block really saves, frozen linears' inputs apart."""
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        attn_implementation="sdpa",
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attn_implementation": "sdpa",
+    }
+    config = LlamaConfig(**sizes)
     rows, length = 2, 64
     block = LlamaDecoderLayer(config, 0).to(torch.bfloat16).requires_grad_(trainable)
     hidden = torch.randn(rows, length, 64, dtype=torch.bfloat16, requires_grad=True)
