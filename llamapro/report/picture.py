@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -13,7 +14,13 @@ from llamapro.files.atomic import write_atomic
 from llamapro.report.plots import to_svg
 
 BEFORE, AFTER, INK, SOFT = "#9aa3b2", "#2563c9", "#1f2430", "#5b6472"
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "result", "font.family": "sans-serif", "font.size": 10.0}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "result",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+}
 _BAR = 0.36
 
 
@@ -26,7 +33,7 @@ def write_result_picture(run: Path, svg_path: Path) -> None:
     scores = read_history(run).before_after()
     if not scores:
         raise UserError(f"{run} has no validation before and after training, so there is nothing to draw")
-    with mpl.rc_context({**_STYLE, "text.parse_math": False}):
+    with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.7 + 0.75 * len(scores)), layout="constrained")
         _draw(figure.add_subplot(), scores)
         svg = to_svg(figure, transparent=False)

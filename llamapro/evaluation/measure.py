@@ -1,0 +1,186 @@
+"""Measure a model folder on text sets, each measurement once: what is stored is not measured again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import llamapro
+from llamapro import console
+from llamapro.data.dataset import Dataset
+from llamapro.data.heldout import heldout_batches
+from llamapro.data.loader import Batch
+from llamapro.data.shard import SplitName
+from llamapro.errors import ModelRefused
+from llamapro.evaluation.model_digest import model_digest
+from llamapro.evaluation.results import MeasurementKey, ModelResult, SetResult, store_measurement, stored_measurement
+from llamapro.evaluation.text import TextScore, evaluate_text
+from llamapro.expansion.record import read_record
+from llamapro.files.tensors import FLOAT_DTYPES, TensorFolder
+from llamapro.modeling.build import build_model
+from llamapro.modeling.model import LossOutput
+from llamapro.modeling.trainable import TrainableSet
+from llamapro.ranks import Ranks
+
+TOKENS_PER_BATCH = 8192
+PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
+Batches = Sequence[tuple[Batch, Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Text to measure on: a split ("heldout" or "train") of a dataset; `given` is how the user named the dataset."""
+
+    name: str
+    given: str
+    dataset: Dataset
+    split: SplitName
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        sequence_length: tokens of a row.
+        sequences: rows per set at most, the same ones every time.
+        precision: "keep" (the folder's dtype), "bf16" or "float32".
+    """
+
+    sequence_length: int
+    sequences: int
+    precision: str
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's measurements: `result` for results.json, `scores` with their rows."""
+
+    result: ModelResult
+    scores: Mapping[str, TextScore]
+
+
+def measure(folder: Path, name: str, sets: Sequence[TextSet], settings: Settings, store: Path) -> Measured:
+    """Score a model folder on every set; measurements are read from, and kept in, the folder `store`.
+
+    Raises:
+        ModelRefused: the model can't be built; says why.
+        Corrupted: a base tensor differs from the model's record; names it.
+        DataError: a set has no target token.
+    """
+    dtype = compute_dtype(folder, settings.precision)
+    digest = model_digest(folder)
+    keys = {text.name: _key(text, digest, dtype, settings) for text in sets}
+    stored = {text.name: stored_measurement(store, keys[text.name]) for text in sets}
+    missing = [text for text in sets if stored[text.name] is None]
+    keep = partial(_keep, store, keys)
+    fresh = _score(folder, name, missing, dtype, settings, keep)
+    scores = {text.name: fresh.get(text.name) or _present(stored[text.name]) for text in sets}
+    results = {text.name: _set_result(text, keys[text.name], scores[text.name]) for text in sets}
+    return Measured(ModelResult(name=name, digest=digest, sets=results), scores)
+
+
+def compute_dtype(folder: Path, precision: str) -> str:
+    """The dtype to compute in: the name of a torch dtype; "keep" is that of most of the folder's weights.
+
+    Raises:
+        ModelRefused: the weights are no floats.
+    """
+    if precision in PRECISIONS:
+        return PRECISIONS[precision]
+    sizes: dict[str, int] = {}
+    for entry in TensorFolder.open(folder).entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    stored = max(sizes, key=lambda dtype: sizes[dtype])
+    if stored not in FLOAT_DTYPES:
+        raise ModelRefused(f"{folder} holds weights of dtype {stored}; only unquantized models can be evaluated")
+    return FLOAT_DTYPES[stored]
+
+
+def program_versions() -> dict[str, str]:
+    """Versions of what decides a measurement."""
+    return {"llamapro": llamapro.__version__} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def _key(text: TextSet, digest: str, dtype: str, settings: Settings) -> MeasurementKey:
+    return MeasurementKey(
+        model_digest=digest,
+        dataset_fingerprint=text.dataset.fingerprint,
+        split=text.split,
+        sequence_length=settings.sequence_length,
+        sequences=settings.sequences,
+        precision=dtype,
+        device=settings.device.type,
+        program=" ".join(f"{name} {number}" for name, number in program_versions().items()),
+    )
+
+
+def _score(
+    folder: Path,
+    name: str,
+    sets: Sequence[TextSet],
+    dtype: str,
+    settings: Settings,
+    keep: Callable[[TextSet, TextScore], None],
+) -> dict[str, TextScore]:
+    if not sets:
+        return {}
+    loss = _loss_of(folder, dtype, settings.device)
+    batches = {text.name: _batches(text, settings) for text in sets}
+    rows = sum(len(row_bytes) for set_batches in batches.values() for _, row_bytes in set_batches)
+    scores = {}
+    with console.progress(f"evaluating {name}", rows, "rows") as advance:
+        for text in sets:
+            scores[text.name] = evaluate_text(loss, batches[text.name], Ranks.solo(settings.device), advance)
+            keep(text, scores[text.name])
+    return scores
+
+
+def _loss_of(folder: Path, dtype: str, device: torch.device) -> Callable[[Batch], LossOutput]:
+    model = build_model(
+        folder,
+        dtype=getattr(torch, dtype),
+        device=device,
+        trainable=TrainableSet.of(()),
+        record=read_record(folder),
+    )
+
+    def loss(batch: Batch) -> LossOutput:
+        arrays = (batch.input_ids, batch.labels, batch.position_ids)
+        output: LossOutput = model(*(torch.from_numpy(array).to(device) for array in arrays))
+        return output
+
+    return loss
+
+
+def _batches(text: TextSet, settings: Settings) -> Batches:
+    rows = max(1, TOKENS_PER_BATCH // settings.sequence_length)
+    return heldout_batches(text.dataset, settings.sequence_length, settings.sequences, rows)
+
+
+def _keep(store: Path, keys: Mapping[str, MeasurementKey], text: TextSet, score: TextScore) -> None:
+    store_measurement(store, keys[text.name], score)
+
+
+def _present(score: TextScore | None) -> TextScore:
+    assert score is not None
+    return score
+
+
+def _set_result(text: TextSet, key: MeasurementKey, score: TextScore) -> SetResult:
+    return SetResult(
+        dataset=text.given,
+        dataset_fingerprint=key.dataset_fingerprint,
+        split=text.split,
+        loss=score.loss,
+        loss_half_width=score.loss_half_width,
+        bits_per_byte=score.bits_per_byte,
+        bits_per_byte_half_width=score.bits_per_byte_half_width,
+        tokens=score.tokens,
+        bytes=score.bytes,
+        rows=len(score.rows),
+    )
