@@ -149,13 +149,21 @@ def test_without_autograd_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_static_shapes_give_the_same_as_selected_positions() -> None:
-    """Devices other than the CPU compute every position and mask: the path is taken here by hand."""
+    """Devices other than the CPU compute every position and mask: that path is taken here by hand."""
     ours, _, hidden, labels = problem()
-    targets, flat = labels.flatten(), hidden.flatten(0, 1)
-    ignored = loss_module._ChunkedCrossEntropy.apply(flat, ours.weight, None, targets, False)
-    total, losses = ours(hidden, labels)
-    torch.testing.assert_close(ignored[0], total)
-    torch.testing.assert_close(ignored[1].view(3, 20), losses)
+    selected, every = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    total, losses = ours(selected, labels)
+    masked_total, masked_losses = loss_module._ChunkedCrossEntropy.apply(
+        every.flatten(0, 1), ours.weight, None, labels.flatten(), True
+    )
+    torch.testing.assert_close(masked_total, total)
+    torch.testing.assert_close(masked_losses.view(3, 20), losses)
+    total.backward()
+    by_selection = ours.weight.grad.clone()
+    ours.weight.grad = None
+    masked_total.backward()
+    torch.testing.assert_close(every.grad, selected.grad)
+    torch.testing.assert_close(ours.weight.grad, by_selection)
 
 
 def test_without_labels_it_is_the_plain_head() -> None:
