@@ -121,6 +121,7 @@ def _draw_curve(axes: Axes, outcome: Outcome) -> None:
 
 
 def _row(score: Score) -> tuple[str, ...]:
-    before, after = score.before, score.after
-    bits = (f"{before.bits_per_byte:.3f}", f"{after.bits_per_byte:.3f}", f"{score.change:+.1%}")
+    before, after, half_width = score.before, score.after, score.change.half_width
+    change = f"{score.change.fraction:+.1%}" + ("" if half_width is None else f" ± {half_width:.1%}")
+    bits = (f"{before.bits_per_byte:.3f}", f"{after.bits_per_byte:.3f}", change)
     return (score.title, *bits, f"{before.loss:.3f}", f"{after.loss:.3f}", f"{after.tokens:,}")

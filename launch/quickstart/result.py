@@ -7,7 +7,7 @@ from pathlib import Path
 import orjson
 
 from llamapro.errors import Corrupted
-from llamapro.evaluation.results import SetResult, read_results
+from llamapro.evaluation.results import Change, SetResult, read_results
 from llamapro.expansion.record import read_record
 from llamapro.run_folder import RunFolder
 
@@ -18,16 +18,12 @@ TITLES = {DOMAIN: "phenotype definitions (new domain)", GENERAL: "Wikipedia (gen
 
 @dataclass(frozen=True)
 class Score:
-    """One held-out text before and after."""
+    """One held-out text before and after; `change` is that of the loss as a fraction, negative is better."""
 
     title: str
     before: SetResult
     after: SetResult
-
-    @property
-    def change(self) -> float:
-        """Change of bits per byte as a fraction; negative is better."""
-        return self.after.bits_per_byte / self.before.bits_per_byte - 1
+    change: Change
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,12 @@ def gather(places: Places, machine: Machine) -> Outcome:
         Corrupted: a file that an earlier step wrote is gone.
     """
     record = read_record(places.export)
-    before, after = (read_results(places.evaluation(moment)) for moment in ("before", "after"))
-    if record is None or before is None or after is None:
+    results = read_results(places.evaluation)
+    if record is None or results is None or results.base is None:
         raise Corrupted(f"{places.outcome} is incomplete; delete it and run the same command again")
     metrics = read_metrics(RunFolder(places.run).metrics_file)
-    scores = tuple(Score(TITLES[name], before.model.sets[name], after.model.sets[name]) for name in (DOMAIN, GENERAL))
+    before, after = results.base.sets, results.model.sets
+    scores = tuple(Score(title, before[name], after[name], results.changes[name]) for name, title in TITLES.items())
     steps = [line for line in metrics if "loss" in line]
     return Outcome(
         scores=scores,
