@@ -138,8 +138,15 @@ def _results(history: History | None) -> str:
             (name, f"{score.bits_per_byte:.4f} ± {score.bits_per_byte_half_width or 0:.4f}", f"{score.tokens:,}")
             for name, score in history.evaluation.model.sets.items()
         ]
-        parts.append("`llamapro evaluate`:\n\n" + _table(("text", "bits per byte", "tokens"), measured))
+        parts.append(
+            f"`llamapro evaluate` of {_shown_name(history.evaluation.model.name)}:\n\n"
+            + _table(("text", "bits per byte", "tokens"), measured)
+        )
     return "## Results\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _shown_name(model: str) -> str:
+    return model if HUB_ID.fullmatch(model) else Path(model).name
 
 
 def _unchanged(facts: CardFacts) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.config.yaml_file import read_yaml
-from llamapro.data.dataset import Dataset
+from llamapro.data.manifest import read_dataset_manifest
 from llamapro.errors import LlamaproError
 from llamapro.evaluation.results import Results, read_results
 from llamapro.run_folder import RunFolder
@@ -144,6 +144,6 @@ def _share(source: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) 
 
 def _license(source: Mapping[str, Any]) -> str:
     try:
-        return str(Dataset.open(Path(source["path"])).manifest.license or "")
+        return read_dataset_manifest(Path(source["path"])).license
     except (LlamaproError, KeyError, OSError):
         return ""

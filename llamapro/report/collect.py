@@ -193,8 +193,9 @@ def _evaluation(results: Results) -> Comparison:
             _with_width(change.fraction, change.half_width, "+.2%") if change else "–",
         )
         rows.append(Row(cells, _verdict(change.fraction) if change else ""))
-    note = f"`llamapro evaluate`, bits per byte with 95 % intervals ({results.intervals})."
-    return Comparison("Evaluation", ("text", "base", "model", "change"), tuple(rows), note.replace("`", ""))
+    compared = f" against {results.base.name}" if results.base else ""
+    note = f"llamapro evaluate of {results.model.name}{compared}: bits per byte with intervals ({results.intervals})."
+    return Comparison("Evaluation", ("text", "base", "model", "change"), tuple(rows), note)
 
 
 def _with_width(value: float, half_width: float | None, form: str = ".4f") -> str:

@@ -34,12 +34,17 @@ class TinyRun:
 
 
 def make_run(
-    root: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, everything: bool = False
+    root: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tied: bool = False,
+    everything: bool = False,
+    base_id: str = BASE_ID,
 ) -> TinyRun:
     """4 → 6 blocks; the new blocks (or everything) got random float32 masters at step 12."""
     base = save_tiny_llama(root / "base", dtype=dtype, tied=tied)
     (base / "LICENSE").write_text("Terms of the tiny llama.\n")
-    record = expand(str(base), root / "model", new_blocks=2, base_id=BASE_ID)
+    record = expand(str(base), root / "model", new_blocks=2, base_id=base_id)
     shapes = {name: entry.shape for name, entry in TensorFolder.open(root / "model").entries.items()}
     names = [name for name in shapes if everything or block_of(record, name) in record.new_blocks]
     masters = random_masters({name: shapes[name] for name in names})
