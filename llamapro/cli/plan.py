@@ -6,7 +6,7 @@ lowest new block. Speed assumes a stated share of the device's peak.
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +30,13 @@ from llamapro.training.model_facts import ModelFacts, resolve_trainable
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 BILLION = 1e9
-COLUMNS = (
-    "new blocks",
+QUANTITIES = (
     "parameters",
-    "that learn",
-    "GFLOP/token",
+    "parameters that learn",
+    "GFLOP per token",
     "ZeRO stage",
-    "micro-batch",
-    "GiB per GPU",
+    "micro-batch, sequences",
+    "memory per GPU, GiB",
     "tokens/s per GPU",
     "GPU-hours",
 )
@@ -97,8 +96,8 @@ def _plan_run(path: Path, hardware: Hardware) -> None:
     steps = config.schedule.steps
     tokens = BILLION if steps == "auto" else float(steps * config.batch.global_sequences * job.sequence_length)
     blocks = f"{learning.trainable_blocks(shape)} of {shape.blocks}"
-    title = f"{path}, {tokens / BILLION:.3g} billion tokens on {hardware.count} GPUs"
-    console.table(title, ("trainable blocks", *COLUMNS[1:]), [_row(blocks, job, choice, hardware, tokens)])
+    title = f"{path}: {tokens / BILLION:.3g} billion tokens on {hardware.count} GPUs"
+    _print(title, "trainable blocks", {blocks: _column(job, choice, hardware, tokens)})
     title = f"memory per GPU, GiB, with a micro-batch of {choice.micro_sequences}"
     console.table(title, MEMORY_COLUMNS, memory_rows(job, choice.micro_sequences))
 
@@ -107,15 +106,15 @@ def _plan_expansions(folder: Path, counts: Sequence[int], hardware: Hardware) ->
     config = read_config(folder)
     base = DecoderShape.from_config(config)
     length = min(DEFAULT_SEQUENCE_LENGTH, int(config.get("max_position_embeddings") or DEFAULT_SEQUENCE_LENGTH))
-    rows = []
+    columns = {}
     for count in counts:
         layout = plan_layout(base.blocks, count, 1, "interleaved")
         learning = Learning(frozenset(layout.new_blocks))
         job = _job(base.with_blocks(base.blocks + count), learning, hardware, "bf16", length, BatchConfig())
         choice = choose(job, budget_bytes=_budget(hardware))
-        rows.append(_row(str(count), job, choice, hardware, BILLION))
-    title = f"{folder} with new blocks, sequences of {length} tokens, a billion tokens on {hardware.count} GPUs"
-    console.table(title, COLUMNS, rows)
+        columns[str(count)] = _column(job, choice, hardware, BILLION)
+    title = f"{folder}: a billion tokens in sequences of {length} on {hardware.count} GPUs"
+    _print(title, "new blocks", columns)
 
 
 def _model_of_run(model: ModelConfig) -> tuple[DecoderShape, Learning]:
@@ -135,21 +134,25 @@ def _job(
     return Job(shape, learning, precision, length, hardware.count, share)
 
 
-def _row(label: str, job: Job, choice: Choice, hardware: Hardware, tokens: float) -> tuple[str, ...]:
+def _print(title: str, first: str, columns: Mapping[str, Sequence[str]]) -> None:
+    rows = zip(QUANTITIES, *columns.values(), strict=True)
+    console.table(title, (first, *columns), list(rows))
+
+
+def _column(job: Job, choice: Choice, hardware: Hardware, tokens: float) -> tuple[str, ...]:
+    """The quantities of one plan, in the order of `QUANTITIES`."""
     flops = flops_per_token(job.shape, job.learning, job.sequence_length)
-    speed, hours = "n/a", "n/a"
+    speed = hours = "n/a"
     if hardware.peak_flops is not None:
         rate = tokens_per_second(flops.model, hardware.peak_flops)
         speed, hours = f"{rate:,.0f}", f"{gpu_hours(tokens, rate):,.1f}"
-    needed = gib(choice.memory.total) + ("" if choice.fits else " (does not fit)")
     return (
-        label,
         f"{job.shape.parameters:,}",
         f"{job.learning.parameters(job.shape):,}",
-        f"{flops.model / BILLION:.2f}",
+        f"{flops.model / 1e9:.2f}",
         str(choice.zero_stage),
         str(choice.micro_sequences),
-        needed,
+        gib(choice.memory.total) + ("" if choice.fits else " (too much)"),
         speed,
         hours,
     )
@@ -178,9 +181,7 @@ def _say_assumptions(hardware: Hardware) -> None:
         usable = usable_bytes(hardware.memory_bytes)
         console.info(f"{gib(usable)} GiB of a GPU are planned with; {RESERVED_FRACTION:.0%} is kept free")
     else:
-        console.info(
-            "no limit on memory: name the GPU, or give --gpu-memory-gib; the micro-batch is one rank's whole share"
-        )
+        console.info("memory unknown, so stage 1 and a micro-batch of 1: name the GPU, or give --gpu-memory-gib")
 
 
 def _counts(text: str) -> tuple[int, ...]:

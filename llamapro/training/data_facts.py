@@ -1,21 +1,32 @@
 """Facts about the datasets: are they whole, made with the model's tokenizer, and large enough."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from llamapro.data.dataset import Dataset
-
 from llamapro.config.root import RunConfig
+from llamapro.data.dataset import Dataset
 from llamapro.training.findings import Findings
 
-_SHOWN_DIGITS = 12
+
+@dataclass(frozen=True)
+class ModelText:
+    """What a model's datasets have to agree with.
+
+    Attributes:
+        vocabulary: rows of its embedding.
+    """
+
+    folder: Path
+    tokenizer_identity: str
+    vocabulary: int
 
 
-def check_sources(config: RunConfig, identity: str | None, findings: Findings) -> dict[str, Dataset]:
+def check_sources(config: RunConfig, model: ModelText | None, findings: Findings) -> dict[str, Dataset]:
     """Open every source and check it.
 
     Args:
-        identity: of the model's tokenizer; None when it isn't known, and then not compared.
+        model: what the datasets have to agree with; None when it isn't known, and then nothing is compared.
     """
     opened = {}
     for name, source in config.data.sources.items():
@@ -24,21 +35,21 @@ def check_sources(config: RunConfig, identity: str | None, findings: Findings) -
         if dataset is None:
             continue
         opened[name] = dataset
-        _check_tokenizer(f"{key}.path", dataset, identity, findings)
+        _check_tokenizer(f"{key}.path", dataset, model, findings)
         if dataset.split("train").tokens == 0:
             findings.problem(f"{key}.path", f"{source.path} has no training documents; all of them are held out")
     return opened
 
 
 def check_validation_sets(
-    config: RunConfig, sources: Mapping[str, Dataset], identity: str | None, findings: Findings
+    config: RunConfig, sources: Mapping[str, Dataset], model: ModelText | None, findings: Findings
 ) -> dict[str, Dataset]:
     """The datasets whose held-out splits are scored; of `auto`, those that have any held-out document."""
     named = config.validation.sets
     if isinstance(named, Mapping):
-        return _named_sets(named, identity, findings)
+        return _named_sets(named, model, findings)
     with_text = {name: dataset for name, dataset in sources.items() if dataset.split("heldout").tokens > 0}
-    for name in sources.keys() - with_text.keys():
+    for name in [name for name in sources if name not in with_text]:
         findings.warn("validation.sets", f"source {name} has no held-out documents and is not validated")
     return with_text
 
@@ -59,7 +70,7 @@ def warn_of_repeats(config: RunConfig, sources: Mapping[str, Dataset], steps: in
             findings.warn(f"data.sources.{name}", text)
 
 
-def _named_sets(named: Mapping[str, Path], identity: str | None, findings: Findings) -> dict[str, Dataset]:
+def _named_sets(named: Mapping[str, Path], model: ModelText | None, findings: Findings) -> dict[str, Dataset]:
     opened = {}
     for name, path in named.items():
         key = f"validation.sets.{name}"
@@ -67,19 +78,20 @@ def _named_sets(named: Mapping[str, Path], identity: str | None, findings: Findi
         if dataset is None:
             continue
         opened[name] = dataset
-        _check_tokenizer(key, dataset, identity, findings)
+        _check_tokenizer(key, dataset, model, findings)
         if dataset.split("heldout").tokens == 0:
             text = f"{path} has no held-out documents; build it with `llamapro data build --heldout`"
             findings.problem(key, text)
     return opened
 
 
-def _check_tokenizer(key: str, dataset: Dataset, identity: str | None, findings: Findings) -> None:
-    built = dataset.manifest.tokenizer_identity
-    if identity is not None and built != identity:
+def _check_tokenizer(key: str, dataset: Dataset, model: ModelText | None, findings: Findings) -> None:
+    if model is None:
+        return
+    findings.attempt(key, lambda: dataset.require_tokenizer(model.tokenizer_identity, str(model.folder)))
+    if dataset.manifest.vocab_size > model.vocabulary:
         findings.problem(
             key,
-            f"{dataset.folder} was made with another tokenizer ({built[:_SHOWN_DIGITS]}) than the model's "
-            f"({identity[:_SHOWN_DIGITS]}): its ids mean other text; build it again with `llamapro data build "
-            "--tokenizer` and this model",
+            f"{dataset.folder} has ids up to {dataset.manifest.vocab_size - 1}, but {model.folder} embeds only "
+            f"{model.vocabulary}; resize the base's embedding before expanding, or use its own tokenizer",
         )

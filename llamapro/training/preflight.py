@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamapro.data.dataset import Dataset
-
 from llamapro import console
 from llamapro.config.availability import unavailable_settings
 from llamapro.config.root import RunConfig
+from llamapro.data.dataset import Dataset
 from llamapro.errors import ConfigError
 from llamapro.expansion.families import Family
 from llamapro.expansion.record import ExpansionRecord
@@ -22,7 +21,7 @@ from llamapro.planning.memory import Memory
 from llamapro.planning.plan import Choice, Job, choose, usable_bytes
 from llamapro.planning.shape import Learning
 from llamapro.planning.tables import MEMORY_COLUMNS, gib, memory_rows
-from llamapro.training.data_facts import check_sources, check_validation_sets, warn_of_repeats
+from llamapro.training.data_facts import ModelText, check_sources, check_validation_sets, warn_of_repeats
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
 from llamapro.training.model_facts import ModelFacts, Stage, check_model, resolve_trainable
@@ -81,11 +80,11 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
     findings = Findings(problems=unavailable_settings(config))
     _check_paths(config, findings)
     model = check_model(config, findings)
-    trainable = model and findings.attempt("model.trainable", lambda: resolve_trainable(config.model, stage, model))
-    identity = findings.attempt("model.path", lambda: model_tokenizer_identity(config.model.path)) if model else None
-    sources = check_sources(config, identity, findings)
-    validation_sets = check_validation_sets(config, sources, identity, findings)
-    if findings.problems or model is None or trainable is None or identity is None:
+    trainable = _resolve(config, stage, model, findings)
+    text = _model_text(model, findings)
+    sources = check_sources(config, text, findings)
+    validation_sets = check_validation_sets(config, sources, text, findings)
+    if findings.problems or model is None or trainable is None or text is None:
         raise ConfigError(findings.problems, f"{stage} on {config.model.path}")
     steps = None if config.schedule.steps == "auto" else config.schedule.steps
     warn_of_repeats(config, sources, steps, findings)
@@ -113,7 +112,7 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
         flops=flops_per_token(job.shape, job.learning, job.sequence_length),
         memory=choice.memory,
         device=device,
-        tokenizer_identity=identity,
+        tokenizer_identity=text.tokenizer_identity,
         warnings=tuple(findings.warnings),
     )
 
@@ -147,6 +146,19 @@ def _check_paths(config: RunConfig, findings: Findings) -> None:
         findings.problem("engine.deepspeed", f"{overlay} does not exist")
     if (start := config.checkpoint.start_from) is not None and not start.is_dir():
         findings.problem("checkpoint.start_from", f"{start} is no folder; give a checkpoint's")
+
+
+def _resolve(config: RunConfig, stage: Stage, model: ModelFacts | None, findings: Findings) -> TrainableSet | None:
+    if model is None:
+        return None
+    return findings.attempt("model.trainable", lambda: resolve_trainable(config.model, stage, model))
+
+
+def _model_text(model: ModelFacts | None, findings: Findings) -> ModelText | None:
+    if model is None:
+        return None
+    identity = findings.attempt("model.path", lambda: model_tokenizer_identity(model.folder))
+    return None if identity is None else ModelText(model.folder, identity, model.shape.vocabulary)
 
 
 def _job(config: RunConfig, model: ModelFacts, trainable: TrainableSet, world_size: int) -> Job:

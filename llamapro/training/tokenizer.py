@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from llamapro.data.tokenizer_identity import tokenizer_identity
-
 from llamapro.errors import ModelRefused
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -22,7 +21,7 @@ def model_tokenizer_identity(folder: Path) -> str:
         raise ModelRefused(f"{folder} has no {TOKENIZER_FILE}, so its datasets can't be checked; copy it from the base")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
+    except Exception as error:  # tokenizers raises nothing more special
         raise ModelRefused(f"{path} can't be read: {error}") from error
     added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
     return tokenizer_identity(added, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
