@@ -7,7 +7,9 @@ from llamapro.ranks import Ranks
 from llamapro.training.progress import StepWork
 
 
-def step_work(stream: SampleStream, first: int, sequences: int, micro: int, micro_batches: int, ranks: Ranks) -> StepWork:
+def step_work(
+    stream: SampleStream, first: int, sequences: int, micro: int, micro_batches: int, ranks: Ranks
+) -> StepWork:
     """This rank's share of sequences [first, first + sequences), as `micro_batches` batches of `micro` rows.
 
     A rank whose share is short gets rows without loss, so that every rank runs the same number of micro-batches.

@@ -24,7 +24,7 @@ def train(session: Session, progress: Progress) -> Progress:
         RetryLater: a stop was asked for; the state is saved, the same command continues.
         CheckFailed: a guard stopped the run.
     """
-    plan, config, ranks = session.plan, session.config, session.ranks
+    config, facts, ranks = session.config, session.facts, session.ranks
     saver = Saver(session)
     timer = StepTimer()
     if progress.step == 0 and session.validation_sets:
@@ -32,10 +32,10 @@ def train(session: Session, progress: Progress) -> Progress:
     work = planned_work(
         session.stream,
         progress.sequences,
-        plan.steps - progress.step,
+        session.steps - progress.step,
         config.batch.global_sequences,
-        plan.micro_sequences,
-        plan.accumulation_steps,
+        facts.micro_sequences,
+        facts.accumulation_steps,
         ranks,
     )
     with Prefetcher(work) as fetched:
@@ -46,7 +46,7 @@ def train(session: Session, progress: Progress) -> Progress:
                 session.engine,
                 share,
                 ranks,
-                learning_rate=learning_rate(progress.step, plan.steps, config.schedule),
+                learning_rate=learning_rate(progress.step, session.steps, config.schedule),
                 source_names=session.source_names,
                 guard=session.guard,
                 may_continue=session.may_continue,
@@ -69,16 +69,16 @@ def validate_due(session: Session, step: int) -> bool:
     """Whether held-out text is scored after this step: at the interval, and after the last step."""
     if not session.validation_sets:
         return False
-    return step % session.config.validation.every_steps == 0 or step == session.plan.steps
+    return step % session.config.validation.every_steps == 0 or step == session.steps
 
 
 def _log(session: Session, progress: Progress, outcome: StepOutcome, timer: StepTimer, wait_seconds: float) -> None:
-    measures = StepMeasures(timer.stop(), wait_seconds, session.plan.flops_per_token, session.plan.peak_flops)
+    measures = StepMeasures(timer.stop(), wait_seconds, session.facts.flops.model, session.facts.device.peak_flops)
     values = measures.values(outcome, progress, session.ranks)
     session.metrics.step(progress.step, values)
     if outcome.skipped:
         session.metrics.event("skip", step=progress.step, reason=outcome.skipped)
         console.warning(f"step {progress.step} skipped: {outcome.skipped}")
-    if progress.step % session.config.logging.every_steps == 0 or progress.step == session.plan.steps:
-        left = timer.left(session.plan.steps - progress.step)
-        console.info(step_line(progress.step, session.plan.steps, values, left, session.ranks.device))
+    if progress.step % session.config.logging.every_steps == 0 or progress.step == session.steps:
+        left = timer.left(session.steps - progress.step)
+        console.info(step_line(progress.step, session.steps, values, left, session.ranks.device))

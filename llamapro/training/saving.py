@@ -4,7 +4,6 @@ A failed save (full disk, one rank's I/O error) is aborted on every rank and tra
 `MAX_FAILED_SAVES` in a row the run stops, because nothing would be left of its work.
 """
 
-import dataclasses
 import time
 
 from llamapro import console
@@ -14,6 +13,7 @@ from llamapro.checkpoint.save import SaveFailed, save_checkpoint
 from llamapro.errors import CheckFailed
 from llamapro.training.progress import Progress
 from llamapro.training.session import Session
+from llamapro.training.trainer_state import TrainerState
 
 MAX_FAILED_SAVES = 3
 
@@ -30,9 +30,10 @@ class Saver:
     def due(self, progress: Progress) -> bool:
         """Whether to save now: the same answer on every rank, although only rank 0's clock counts."""
         session, settings = self._session, self._session.config.checkpoint
-        last = progress.step == session.plan.steps
+        last = progress.step == session.steps
         late = settings.every_minutes is not None and time.monotonic() - self._last_time >= 60 * settings.every_minutes
-        return last or progress.step % settings.every_steps == 0 or session.ranks.any(late and session.ranks.rank == 0)
+        by_step = progress.step % settings.every_steps == 0
+        return last or by_step or session.ranks.any(late and session.ranks.rank == 0)
 
     def save(self, progress: Progress) -> None:
         """Prove the frozen weights, commit a checkpoint of this progress, delete what is not kept.
@@ -59,14 +60,11 @@ class Saver:
     def _commit(self, progress: Progress) -> None:
         session = self._session
         start = time.monotonic()
-        state = {
-            "progress": dataclasses.asdict(progress),
-            "identity": session.identity.model_dump(mode="json"),
-            "stages": [dataclasses.asdict(stage) for stage in session.stream.stages],
-            "guard": session.guard.state(),
-        }
-        root = session.folder.checkpoints
-        path = save_checkpoint(root, progress.step, session.engine, state, session.record, session.ranks)
+        state = TrainerState(
+            progress=progress, identity=session.identity, stages=session.stream.stages, guard=session.guard.state()
+        )
+        root, record = session.folder.checkpoints, session.facts.record
+        path = save_checkpoint(root, progress.step, session.engine, state.to_json(), record, session.ranks)
         settings = session.config.checkpoint
         if session.ranks.rank == 0:
             prune(root, settings.keep, settings.keep_every_steps)
@@ -81,9 +79,9 @@ def prove(session: Session) -> None:
     Raises:
         CheckFailed: naming the first tensors that differ.
     """
-    if session.record is None:
+    if session.facts.record is None:
         return
-    proof = prove_frozen(session.engine.frozen_slices(), session.record, session.ranks)
+    proof = prove_frozen(session.engine.frozen_slices(), session.facts.record, session.ranks)
     session.metrics.event("proof", equal=proof.equal, total=proof.total)
     if proof.different:
         raise CheckFailed(f"frozen weights changed: {', '.join(proof.different[:5])}; nothing was saved")

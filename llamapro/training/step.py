@@ -77,7 +77,9 @@ def run_step(
     return _update(engine, sums, ranks, learning_rate, source_names, guard)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def to_device(
+    batch: Batch, device: torch.device
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """A batch as tensors: ((input_ids, labels, position_ids) each (rows, S), sources (rows,))."""
     arrays = (batch.input_ids, batch.labels, batch.position_ids)
     inputs, labels, positions = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)

@@ -18,7 +18,7 @@ class TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record these numbers at this step."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what is buffered."""

@@ -1,0 +1,117 @@
+"""The training programs' command line: `launch/pretrain.py` and `launch/sft.py` call `main`.
+
+In this order: configuration, facts, packs, process group, session, loop. Everything that can be wrong with the
+configuration is said before any process group starts, once per job and not once per rank.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from llamapro import console
+from llamapro.checkpoint.discover import find_checkpoint
+from llamapro.config.load import dump_config, load_config
+from llamapro.config.root import RunConfig
+from llamapro.files.lock import RunLock
+from llamapro.ranks import Ranks
+from llamapro.run_folder import RunFolder
+from llamapro.training.environment import describe_environment
+from llamapro.training.model_facts import Stage
+from llamapro.training.preflight import Facts, check_facts, show_plan
+from llamapro.training.signals import StopRequest, watch_signals
+from llamapro.training.sources import resolved_steps, write_packs
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
+    """Run one rank of a training job; returns its exit code."""
+    own, overrides = _parser(stage).parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    return console.guarded(lambda: _run(stage, own, overrides), debug=own.debug)
+
+
+def world_size() -> int:
+    """Ranks of the job, as its launcher states it before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def command_line() -> str:
+    """This process's command as a shell line, without what the launcher adds."""
+    words = [sys.executable, *(word for word in sys.argv if not word.startswith("--local_rank"))]
+    return shlex.join(words)
+
+
+def _parser(stage: Stage) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"launch/{stage}.py",
+        usage=f"deepspeed [--hostfile H] [--num_gpus N] launch/{stage}.py --config RUN.yaml [--section.field value …]",
+        add_help=False,  # --help needs the file's values, see load_config
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, start nothing")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None)  # injected by launchers
+    return parser
+
+
+def _run(stage: Stage, own: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(own.config, overrides)
+    facts = check_facts(config, stage, world_size())
+    for sentence in facts.warnings:
+        console.warning(sentence)
+    if own.dry_run:
+        show_plan(config, facts)
+        return 0
+    return _start(config, facts, own.local_rank)
+
+
+def _start(config: RunConfig, facts: Facts, local_rank: int | None) -> int:
+    """Join the job and train. Rank 0 prepares what all ranks will read before they meet."""
+    from llamapro.engine.start import start_ranks, stop_ranks
+
+    folder = RunFolder(config.run.folder)
+    with ExitStack() as stack:
+        if console.process_rank() == 0:
+            _prepare(config, facts, folder, stack)
+        ranks = start_ranks(config.engine, local_rank)
+        stack.callback(stop_ranks)
+        stop = stack.enter_context(
+            watch_signals(
+                grace_seconds=config.run.grace_seconds,
+                step_timeout_seconds=60 * config.engine.step_timeout_minutes,
+                stop_file=folder.stop_file if ranks.rank == 0 else None,
+            )
+        )
+        return _train(config, facts, folder, ranks, stop)
+
+
+def _prepare(config: RunConfig, facts: Facts, folder: RunFolder, stack: ExitStack) -> None:
+    """Take the run folder for this job, write down what it starts, and write the pack plans that are missing."""
+    folder.create()
+    stack.enter_context(RunLock(folder.path, job_id=os.environ.get("SLURM_JOB_ID")))
+    write_packs(config, facts, folder)
+
+
+def _train(config: RunConfig, facts: Facts, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:
+    from llamapro.training.loop import train
+    from llamapro.training.opening import open_session
+    from llamapro.training.trainer_state import saved_state
+
+    checkpoint = find_checkpoint(folder.checkpoints, ranks)
+    saved = saved_state(checkpoint)
+    if saved is not None and saved.progress.step >= resolved_steps(config, facts, folder):
+        console.info(f"{folder.path} is finished already: its last step, {saved.progress.step}, is saved")
+        return 0
+    session, progress = open_session(config, facts, folder, ranks, stop, checkpoint)
+    if ranks.rank == 0:
+        folder.prepare(dump_config(config), command_line(), describe_environment(ranks))
+    try:
+        progress = train(session, progress)
+    finally:
+        session.metrics.close()
+    console.info(f"finished: {progress.step:,} steps, {progress.tokens:,} target tokens")
+    console.info(f"next: llamapro export {folder.path} OUT")
+    return 0

@@ -1,0 +1,211 @@
+"""Open a run: its parts in the order in which they depend on each other, then the restored progress.
+
+What can fail on one rank alone (a flipped byte in its share of the base) is agreed on, so that every rank ends with
+the same message instead of waiting for a peer.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from llamapro import console
+from llamapro.checkpoint.folder import Checkpoint
+from llamapro.checkpoint.restore import load_checkpoint
+from llamapro.config.root import RunConfig
+from llamapro.engine.engine import Engine
+from llamapro.errors import CheckFailed, LlamaproError, UserError
+from llamapro.evaluation.model_digest import model_digest
+from llamapro.modeling.build import build_model
+from llamapro.modeling.model import LanguageModel
+from llamapro.ranks import Ranks
+from llamapro.run_folder import RunFolder
+from llamapro.training.guards import SpikeGuard
+from llamapro.training.metrics import MetricsLog, cut_back
+from llamapro.training.preflight import Facts
+from llamapro.training.progress import Progress
+from llamapro.training.resume import ResumeDecision, RunIdentity, decide_resume
+from llamapro.training.session import Session
+from llamapro.training.signals import StopRequest
+from llamapro.training.sources import open_stream, open_validation_sets, resolved_steps
+from llamapro.training.start_from import load_start, open_start
+from llamapro.training.trackers import open_trackers
+from llamapro.training.trainer_state import TrainerState, saved_state
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+T = TypeVar("T")
+
+
+def open_session(
+    config: RunConfig,
+    facts: Facts,
+    folder: RunFolder,
+    ranks: Ranks,
+    stop: StopRequest,
+    checkpoint: Checkpoint | None,
+) -> tuple[Session, Progress]:
+    """Make the parts of a run and restore its checkpoint; collective.
+
+    Args:
+        checkpoint: the newest valid one of this run; None at its first start.
+
+    Returns:
+        The session, and the progress to continue from.
+
+    Raises:
+        ConfigError: the configuration would make the checkpoint's run another one.
+        CheckFailed: a base tensor differs from its record.
+    """
+    saved = saved_state(checkpoint)
+    progress = saved.progress if saved else Progress()
+    identity = run_identity(config, facts, folder)
+    decision = _decide(saved, identity, config)
+    stream = open_stream(config, facts, folder, saved, new_stage=decision.new_stage)
+    model = agree(ranks, lambda: _build(config, facts, ranks))
+    engine = Engine.start(
+        model,
+        model.trainable_parameters(),
+        config,
+        ranks,
+        zero_stage=facts.zero_stage,
+        micro_sequences=facts.micro_sequences,
+        accumulation_steps=facts.accumulation_steps,
+    )
+    guard = _guard(config)
+    _restore(checkpoint, config, facts, engine, ranks)
+    if saved is not None:
+        guard.restore(saved.guard)
+    session = Session(
+        config=config,
+        facts=facts,
+        folder=folder,
+        ranks=ranks,
+        engine=engine,
+        stream=stream,
+        steps=identity.steps,
+        source_names=tuple(facts.sources),
+        guard=guard,
+        metrics=_metrics(config, folder, ranks, progress),
+        stop=stop,
+        identity=identity,
+        validation_sets=open_validation_sets(config, facts, ranks),
+    )
+    _say_start(session, progress, checkpoint, decision, model)
+    return session, progress
+
+
+def agree(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do work that may fail on one rank alone; if it fails on any, every rank raises the same error.
+
+    Raises:
+        UserError: on every rank, when the first failing rank met one.
+        CheckFailed: on every rank, for any other error of ours.
+    """
+    value, failure = _attempt(work)
+    report = (str(failure), failure.exit_code) if failure else None
+    reports = [entry for entry in ranks.all_gather_json(report) if entry is not None]
+    if reports:
+        message, exit_code = reports[0]
+        kind = UserError if exit_code == UserError.exit_code else CheckFailed
+        raise kind(message) from failure
+    assert value is not None
+    return value
+
+
+def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdentity:
+    """What makes this run this run, for the checkpoint and for the next resume."""
+    trainable = facts.trainable
+    shares = {name: source.weight or source.repeat or 0.0 for name, source in config.data.sources.items()}
+    weighted = all(source.weight is not None for source in config.data.sources.values())
+    return RunIdentity(
+        model=facts.record.digest() if facts.record else model_digest(facts.model_folder),
+        trainable="all" if trainable.everything else ",".join(map(str, sorted(trainable.blocks))),
+        seed=config.run.seed,
+        sequence_length=config.data.sequence_length,
+        packing=config.data.packing,
+        sources={name: dataset.fingerprint for name, dataset in facts.sources.items()},
+        share_kind="weight" if weighted else "repeat",
+        shares=shares,
+        planned_stages=tuple(stage.model_dump(mode="json") for stage in config.data.stages),
+        global_sequences=config.batch.global_sequences,
+        steps=resolved_steps(config, facts, folder),
+        schedule=config.schedule.model_dump(mode="json", exclude={"steps"}),
+        optimizer=config.optimizer.model_dump(mode="json"),
+    )
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, LlamaproError | None]:
+    try:
+        return work(), None
+    except LlamaproError as error:
+        return None, error
+
+
+def _decide(saved: TrainerState | None, identity: RunIdentity, config: RunConfig) -> ResumeDecision:
+    if saved is None:
+        return ResumeDecision((), new_stage=False)
+    return decide_resume(saved.identity, identity, saved.progress.step, config.checkpoint.accept)
+
+
+def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
+    return build_model(
+        facts.model_folder,
+        dtype=DTYPES[config.engine.precision],
+        device=ranks.device,
+        trainable=facts.trainable,
+        record=facts.record,
+        attention=config.engine.attention,
+        partition=Engine.partitioner(config, facts.zero_stage),
+        digest_share=(ranks.rank, ranks.world_size),
+    )
+
+
+def _restore(checkpoint: Checkpoint | None, config: RunConfig, facts: Facts, engine: Engine, ranks: Ranks) -> None:
+    """The run's own checkpoint wins; `start_from` gives weights to a run that has none yet."""
+    start_from = config.checkpoint.start_from
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, engine, ranks)
+    elif start_from is not None:
+        start = agree(ranks, lambda: open_start(start_from, facts.record))
+        load_start(start, engine, ranks)
+        console.info(f"weights from {start.folder}, with a fresh optimizer")
+
+
+def _guard(config: RunConfig) -> SpikeGuard:
+    settings = config.guards
+    return SpikeGuard(
+        spikes=settings.spike == "skip",
+        sigma=settings.spike_sigma,
+        window_steps=settings.spike_window_steps,
+        max_skipped_in_a_row=settings.max_skipped_in_a_row,
+    )
+
+
+def _metrics(config: RunConfig, folder: RunFolder, ranks: Ranks, progress: Progress) -> MetricsLog:
+    if ranks.rank != 0:
+        return MetricsLog(None)
+    cut_back(folder.metrics_file, progress.step)
+    trackers = open_trackers(config.logging.trackers, folder.tensorboard, progress.step + 1)
+    return MetricsLog(folder.metrics_file, trackers)
+
+
+def _say_start(
+    session: Session,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
+    decision: ResumeDecision,
+    model: LanguageModel,
+) -> None:
+    facts = session.facts
+    console.info(f"attention: {model.attention.name} ({model.attention.reason})")
+    console.info(
+        f"ZeRO stage {facts.zero_stage}, {session.ranks.world_size} ranks, micro-batch {facts.micro_sequences} × "
+        f"{facts.accumulation_steps}, {session.steps:,} steps"
+    )
+    if checkpoint is None:
+        session.metrics.event("start", step=0)
+        return
+    session.metrics.event("resume", step=progress.step, checkpoint=checkpoint.folder.name, changes=decision.events)
+    console.info(f"continuing after step {progress.step} from {checkpoint.folder}")
+    for change in decision.events:
+        console.info(f"changed on resume: {change}")
