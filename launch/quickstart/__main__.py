@@ -34,7 +34,7 @@ def quickstart(steps: int | None) -> int:
     places = Places(ROOT, ROOT if steps is None else ROOT / f"short-{steps}")
     machine = this_machine()
     console.info(f"quickstart on {describe(machine)}, {usable_cores()} cores; everything goes to {places.outcome}/")
-    run_steps(quickstart_steps(places, machine, steps), places.outcome / "steps")
+    run_steps(quickstart_steps(places, machine, steps))
     outcome = gather(places, machine)
     show(outcome)
     publish(outcome, places, checkout() if steps is None else None)

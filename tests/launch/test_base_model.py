@@ -30,9 +30,9 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     writer.add_vocab_size(VOCABULARY)
     _add_tokenizer(writer)
     kv = HIDDEN * KV_HEADS // HEADS
-    shapes = {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,)}
     for block in range(BLOCKS):
-        inner = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN)}
+        inner: dict[str, tuple[int, ...]] = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN)}
         inner |= {"attn_output": (HIDDEN, HIDDEN), "ffn_gate": (INTERMEDIATE, HIDDEN), "ffn_up": (INTERMEDIATE, HIDDEN)}
         inner |= {"ffn_down": (HIDDEN, INTERMEDIATE), "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}
         shapes |= {f"blk.{block}.{name}": shape for name, shape in inner.items()}

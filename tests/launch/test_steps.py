@@ -23,38 +23,40 @@ class Log:
 
 
 def chain(folder: Path, log: Log, first_input: str = "one") -> list[Step]:
+    stamps = folder / "stamps"
     a, b, c = (folder / name for name in "abc")
     return [
-        Step("a", "making a", (a,), (first_input,), log.writer("a", a)),
-        Step("b", "making b", (b,), (), log.writer("b", b), after=("a",)),
-        Step("c", "making c", (c,), (), log.writer("c", c)),
+        Step("a", stamps, "making a", (a,), (first_input,), log.writer("a", a)),
+        Step("b", stamps, "making b", (b,), (), log.writer("b", b), after=("a",)),
+        Step("c", stamps, "making c", (c,), (), log.writer("c", c)),
     ]
 
 
 def test_everything_runs_in_order_and_once(tmp_path: Path) -> None:
     log = Log()
-    run_steps(chain(tmp_path, log), tmp_path / "stamps")
-    run_steps(chain(tmp_path, log), tmp_path / "stamps")
+    run_steps(chain(tmp_path, log))
+    run_steps(chain(tmp_path, log))
     assert log.names == ["a", "b", "c"]
 
 
 def test_a_changed_input_repeats_the_step_and_what_follows_from_it(tmp_path: Path) -> None:
     log = Log()
-    run_steps(chain(tmp_path, log), tmp_path / "stamps")
-    run_steps(chain(tmp_path, log, first_input="two"), tmp_path / "stamps")
+    run_steps(chain(tmp_path, log))
+    run_steps(chain(tmp_path, log, first_input="two"))
     assert log.names == ["a", "b", "c", "a", "b"]
 
 
 def test_a_missing_output_repeats_its_step_only(tmp_path: Path) -> None:
     log = Log()
-    run_steps(chain(tmp_path, log), tmp_path / "stamps")
+    run_steps(chain(tmp_path, log))
     (tmp_path / "a").unlink()
-    run_steps(chain(tmp_path, log), tmp_path / "stamps")
+    run_steps(chain(tmp_path, log))
     assert log.names == ["a", "b", "c", "a"]
 
 
 def test_an_interrupted_step_finds_its_output_again(tmp_path: Path) -> None:
-    output, seen = tmp_path / "run", []
+    output = tmp_path / "run"
+    seen: list[object] = []
 
     def stopped() -> None:
         output.mkdir()
@@ -62,20 +64,25 @@ def test_an_interrupted_step_finds_its_output_again(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_steps([Step("train", "training", (output,), ("60 steps",), stopped)], tmp_path / "stamps")
-    again = Step("train", "training", (output,), ("60 steps",), lambda: seen.extend(output.iterdir()))
-    run_steps([again], tmp_path / "stamps")
+        run_steps([Step("train", tmp_path / "stamps", "training", (output,), ("60 steps",), stopped)])
+    again = Step(
+        "train", tmp_path / "stamps", "training", (output,), ("60 steps",), lambda: seen.extend(output.iterdir())
+    )
+    run_steps([again])
     assert [path.name for path in seen] == ["checkpoint"]
 
 
 def test_an_output_begun_with_other_inputs_is_thrown_away(tmp_path: Path) -> None:
-    output, seen = tmp_path / "run", []
+    output = tmp_path / "run"
+    seen: list[object] = []
     output.mkdir()
     (output / "checkpoint").write_text("of another recipe")
     (tmp_path / "stamps").mkdir()
     (tmp_path / "stamps" / "train.begun").write_text("something else")
-    step = Step("train", "training", (output,), ("60 steps",), lambda: seen.append(output.exists()))
-    run_steps([step], tmp_path / "stamps")
+    step = Step(
+        "train", tmp_path / "stamps", "training", (output,), ("60 steps",), lambda: seen.append(output.exists())
+    )
+    run_steps([step])
     assert seen == [False]
 
 
@@ -88,6 +95,6 @@ def test_a_step_that_failed_is_not_done(tmp_path: Path) -> None:
 
     log = Log()
     with pytest.raises(OSError, match="disk full"):
-        run_steps([Step("a", "a", (output,), (), fail)], tmp_path / "stamps")
-    run_steps([Step("a", "a", (output,), (), log.writer("a", output))], tmp_path / "stamps")
+        run_steps([Step("a", tmp_path / "stamps", "a", (output,), (), fail)])
+    run_steps([Step("a", tmp_path / "stamps", "a", (output,), (), log.writer("a", output))])
     assert log.names == ["a"]
