@@ -56,7 +56,7 @@ def test_a_missing_output_repeats_its_step_only(tmp_path: Path) -> None:
 
 def test_an_interrupted_step_finds_its_output_again(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    seen: list[object] = []
+    seen: list[Path] = []
 
     def stopped() -> None:
         output.mkdir()
@@ -74,7 +74,7 @@ def test_an_interrupted_step_finds_its_output_again(tmp_path: Path) -> None:
 
 def test_an_output_begun_with_other_inputs_is_thrown_away(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    seen: list[object] = []
+    seen: list[bool] = []
     output.mkdir()
     (output / "checkpoint").write_text("of another recipe")
     (tmp_path / "stamps").mkdir()
