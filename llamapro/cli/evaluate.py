@@ -9,13 +9,14 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from llamapro import console
 from llamapro.config.yaml_file import read_yaml
-from llamapro.data.dataset import SPLITS, Dataset
+from llamapro.data.dataset import Dataset
+from llamapro.data.shard import SplitName
 from llamapro.errors import CheckFailed, UserError
 from llamapro.evaluation.compare import evaluate_model
 from llamapro.evaluation.measure import Settings, TextSet
@@ -27,7 +28,8 @@ from llamapro.files.atomic import remove_tree
 from llamapro.run_folder import RunFolder
 from llamapro.training.tokenizer import model_tokenizer_identity
 
-DEFAULT_SPLIT = "heldout"
+DEFAULT_SPLIT: SplitName = "heldout"
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 DEFAULT_SEQUENCES = 256
 DEFAULT_SEQUENCE_LENGTH = 2048
 EXPORTED = ".exported"
@@ -141,15 +143,14 @@ def _parse_text(text: str) -> TextSet:
     name, equals, place = text.partition("=")
     if not (name and equals and place):
         raise UserError(f"--text {text!r}: write NAME=DATASET or NAME=DATASET:SPLIT, e.g. law=data/law")
-    folder, colon, split = place.rpartition(":")
-    if colon and split in SPLITS:
-        return _open_text(name, folder, split)
+    for split in SPLITS:
+        if place.endswith(f":{split}"):
+            return _open_text(name, place.removesuffix(f":{split}"), split)
     return _open_text(name, place, DEFAULT_SPLIT)
 
 
-def _open_text(name: str, given: str, split: str) -> TextSet:
-    dataset = Dataset.open(Path(given))
-    return TextSet(name, given, dataset, next(known for known in SPLITS if known == split))
+def _open_text(name: str, given: str, split: SplitName) -> TextSet:
+    return TextSet(name, given, Dataset.open(Path(given)), split)
 
 
 def _require_tokenizer(sets: Sequence[TextSet], folder: Path) -> None:

@@ -7,15 +7,16 @@ from llamapro.data.dataset import Dataset
 from llamapro.data.packing import pack_in_memory
 from llamapro.data.permutation import permutation_key, permute
 from llamapro.data.rows import assemble_row
+from llamapro.data.shard import SplitName
 from llamapro.errors import DataError
 
 ORDER_KEY = permutation_key("heldout rows")
 
 
 def heldout_batches(
-    dataset: Dataset, sequence_length: int, sequences: int, rows_per_batch: int
+    dataset: Dataset, sequence_length: int, sequences: int, rows_per_batch: int, split: SplitName = "heldout"
 ) -> list[tuple[Batch, tuple[int, ...]]]:
-    """The first `sequences` packed rows of the held-out split in a fixed order.
+    """The first `sequences` packed rows of the held-out split, or of another, in a fixed order.
 
     Documents are packed whole, those longer than a row cut; they neither attend to nor predict each other, so a
     document's loss is the same as if it stood alone.
@@ -28,12 +29,12 @@ def heldout_batches(
         Batches, each with the UTF-8 bytes of text in each of its rows (0 for rows without loss).
 
     Raises:
-        DataError: the dataset has no held-out documents.
+        DataError: the split has no documents.
     """
-    split = dataset.split("heldout")
-    if split.documents == 0:
-        raise DataError(f"{dataset.folder} has no held-out documents; build it with a larger --heldout")
-    plan = pack_in_memory(split, sequence_length, "bestfit")
+    documents = dataset.split(split)
+    if documents.documents == 0:
+        raise DataError(f"{dataset.folder} has no {split} documents; build it with another --heldout")
+    plan = pack_in_memory(documents, sequence_length, "bestfit")
     chosen = permute(np.arange(min(sequences, plan.rows)), plan.rows, ORDER_KEY).tolist()
     batches = []
     for low in range(0, len(chosen), rows_per_batch):

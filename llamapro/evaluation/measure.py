@@ -1,11 +1,12 @@
 """Measure a model folder on text sets, each measurement once: what is stored is not measured again."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import llamapro
@@ -13,6 +14,7 @@ from llamapro import console
 from llamapro.data.dataset import Dataset
 from llamapro.data.heldout import heldout_batches
 from llamapro.data.loader import Batch
+from llamapro.data.rows import IGNORED
 from llamapro.data.shard import SplitName
 from llamapro.errors import ModelRefused
 from llamapro.evaluation.model_digest import model_digest
@@ -32,7 +34,7 @@ Batches = Sequence[tuple[Batch, Sequence[float]]]
 
 @dataclass(frozen=True)
 class TextSet:
-    """Text to measure on: a split ("heldout" or "train") of a dataset; `given` is how the user named the dataset."""
+    """Text to measure on: a split of a dataset; `given` is how the user named the dataset."""
 
     name: str
     given: str
@@ -159,7 +161,21 @@ def _loss_of(folder: Path, dtype: str, device: torch.device) -> Callable[[Batch]
 
 def _batches(text: TextSet, settings: Settings) -> Batches:
     rows = max(1, TOKENS_PER_BATCH // settings.sequence_length)
-    return heldout_batches(text.dataset, settings.sequence_length, settings.sequences, rows)
+    batches = heldout_batches(text.dataset, settings.sequence_length, settings.sequences, rows, text.split)
+    return [_scored_rows(batch, row_bytes) for batch, row_bytes in batches if batch.valid_tokens]
+
+
+def _scored_rows(batch: Batch, row_bytes: Sequence[float]) -> tuple[Batch, Sequence[float]]:
+    # The last batch is filled up with rows of padding, which one process alone need not compute.
+    kept = np.flatnonzero((batch.labels != IGNORED).any(axis=1))
+    scored = replace(
+        batch,
+        input_ids=batch.input_ids[kept],
+        labels=batch.labels[kept],
+        position_ids=batch.position_ids[kept],
+        sources=batch.sources[kept],
+    )
+    return scored, [row_bytes[row] for row in kept]
 
 
 def _keep(store: Path, keys: Mapping[str, MeasurementKey], text: TextSet, score: TextScore) -> None:
