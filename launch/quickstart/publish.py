@@ -108,10 +108,10 @@ def _draw_bars(axes: Axes, outcome: Outcome) -> None:
             value = measured.bits_per_byte
             bar = axes.bar(number + offset, value, 0.36, color=color, label=label if number == 0 else None)
             axes.bar_label(bar, fmt="%.3f", padding=2)
-    axes.set_xticks(range(len(outcome.scores)), [score.title for score in outcome.scores])
+    axes.set_xticks(range(len(outcome.scores)), [score.title.replace(" (", "\n(") for score in outcome.scores])
     axes.set_ylabel("bits per byte")
     axes.margins(y=0.15)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _draw_curve(axes: Axes, outcome: Outcome) -> None:
