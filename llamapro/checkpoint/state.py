@@ -6,7 +6,6 @@ Nothing here knows ZeRO: a slice is a parameter's name, where it starts in the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -16,27 +15,31 @@ MASTER = "master"
 """Key of the float32 weights; the other keys of a fragment are the optimizer's own, e.g. exp_avg and exp_avg_sq."""
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """A contiguous slice of one trainable parameter with its optimizer state.
+class Fragment(Protocol):
+    """A contiguous slice of one trainable parameter with its optimizer state."""
 
-    Attributes:
-        name: the parameter's name in the Hugging Face model.
-        start: index of the slice's first element in the flattened parameter.
-        shape: of the whole parameter.
-        tensors: key ("master", "exp_avg", "exp_avg_sq") to a 1-D float32 tensor; all of one length. Views of live
-            state are welcome: they are copied chunk by chunk while they are written.
-    """
+    @property
+    def name(self) -> str:
+        """The parameter's name in the Hugging Face model."""
 
-    name: str
-    start: int
-    shape: tuple[int, ...]
-    tensors: Mapping[str, torch.Tensor]
+    @property
+    def start(self) -> int:
+        """Index of the slice's first element in the flattened parameter."""
 
     @property
     def count(self) -> int:
         """Number of elements in the slice."""
-        return int(next(iter(self.tensors.values())).numel())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Key ("master", "exp_avg", "exp_avg_sq") to a 1-D float32 tensor of `count` elements.
+
+        Views of live state are welcome: they are copied chunk by chunk while they are written.
+        """
 
 
 ReadSlice = Callable[[str, str, int, int], "torch.Tensor"]

@@ -9,19 +9,19 @@ from safetensors import safe_open
 
 from llamapro.checkpoint import rank_file
 from llamapro.checkpoint.rank_file import plan_rank_file, write_rank_file
-from llamapro.checkpoint.state import Fragment
 from llamapro.files.digests import xxh3_file
+from tests.support.checkpoint import Part
 
 NAME = "rank-00000.safetensors"
 
 
-def fragments() -> list[Fragment]:
+def fragments() -> list[Part]:
     values = torch.arange(24, dtype=torch.float32)
     transposed = torch.arange(12.0).reshape(3, 4).t().reshape(-1)
     return [
-        Fragment("a.weight", 0, (4, 3), {"master": values[:10], "exp_avg": values[10:20]}),
-        Fragment("a.weight", 10, (4, 3), {"master": values[20:22], "exp_avg": values[22:]}),
-        Fragment("b.bias", 0, (12,), {"master": transposed, "exp_avg": -transposed}),
+        Part("a.weight", 0, (4, 3), {"master": values[:10], "exp_avg": values[10:20]}),
+        Part("a.weight", 10, (4, 3), {"master": values[20:22], "exp_avg": values[22:]}),
+        Part("b.bias", 0, (12,), {"master": transposed, "exp_avg": -transposed}),
     ]
 
 
@@ -71,13 +71,13 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "bad",
     [
-        Fragment("a", 0, (2,), {"master": torch.zeros(2, dtype=torch.bfloat16)}),
-        Fragment("a", 0, (2,), {"master": torch.zeros(1, 2)}),
-        Fragment("a", 0, (2,), {"master": torch.zeros(2), "exp_avg": torch.zeros(1)}),
-        Fragment("a", 0, (2,), {"exp_avg": torch.zeros(2)}),
+        Part("a", 0, (2,), {"master": torch.zeros(2, dtype=torch.bfloat16)}),
+        Part("a", 0, (2,), {"master": torch.zeros(1, 2)}),
+        Part("a", 0, (2,), {"master": torch.zeros(2), "exp_avg": torch.zeros(1)}),
+        Part("a", 0, (2,), {"exp_avg": torch.zeros(2)}),
     ],
 )
-def test_fragments_that_are_not_equally_long_float32_are_a_bug(bad: Fragment) -> None:
+def test_fragments_that_are_not_equally_long_float32_are_a_bug(bad: Part) -> None:
     with pytest.raises(AssertionError, match="a"):
         plan_rank_file(NAME, [bad])
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def random_values(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> 
     }
 
 
+@dataclass(frozen=True)
+class Part:
+    """A `llamapro.checkpoint.state.Fragment` of plain values."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def count(self) -> int:
+        return next(iter(self.tensors.values())).numel()
+
+
 class SlicedState:
     """One rank's share of some parameters.
 
@@ -57,7 +72,7 @@ class SlicedState:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, (start, tensors) in self.slices.items():
-            yield Fragment(name, start, self._shapes[name], tensors)
+            yield Part(name, start, self._shapes[name], tensors)
 
     def load(self, read: ReadSlice, optimizer_steps: int) -> None:
         self.optimizer_steps = optimizer_steps
