@@ -20,16 +20,6 @@ class Estimate:
     value: float
     half_width: float | None
 
-    @property
-    def low(self) -> float:
-        """Lower end of the interval; minus infinity where there is none."""
-        return -math.inf if self.half_width is None else self.value - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval; infinity where there is none."""
-        return math.inf if self.half_width is None else self.value + self.half_width
-
 
 def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
     """Σ numerators / Σ denominators over rows, with its interval. The sum of the denominators must not be zero."""

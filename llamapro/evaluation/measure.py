@@ -175,7 +175,7 @@ def _scored_rows(batch: Batch, row_bytes: Sequence[float]) -> tuple[Batch, Seque
         position_ids=batch.position_ids[kept],
         sources=batch.sources[kept],
     )
-    return scored, [row_bytes[row] for row in kept]
+    return scored, [row_bytes[row] for row in kept.tolist()]
 
 
 def _keep(store: Path, keys: Mapping[str, MeasurementKey], text: TextSet, score: TextScore) -> None:

@@ -19,7 +19,6 @@ def test_with_equal_denominators_it_is_the_mean_and_its_textbook_interval() -> N
 def test_proportional_rows_have_no_uncertainty() -> None:
     estimate = ratio_of_sums([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert (estimate.value, estimate.half_width) == (2.0, 0.0)
-    assert estimate.low == estimate.high == 2.0
 
 
 def test_order_of_rows_does_not_matter_to_the_last_bit() -> None:
@@ -31,7 +30,6 @@ def test_order_of_rows_does_not_matter_to_the_last_bit() -> None:
 def test_one_row_has_no_interval() -> None:
     estimate = ratio_of_sums([3.0], [2.0])
     assert (estimate.value, estimate.half_width) == (1.5, None)
-    assert (estimate.low, estimate.high) == (-math.inf, math.inf)
 
 
 def test_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
@@ -42,5 +40,6 @@ def test_interval_covers_the_truth_nineteen_times_in_twenty() -> None:
         tokens = random.integers(50, 150, size=64).astype(float)
         losses = tokens * (3.0 + random.normal(0.0, 0.5, size=64))
         estimate = ratio_of_sums(losses.tolist(), tokens.tolist())
-        covered += estimate.low <= 3.0 <= estimate.high
+        assert estimate.half_width is not None
+        covered += abs(estimate.value - 3.0) <= estimate.half_width
     assert 925 <= covered <= 970

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from llamapro.errors import UserError
+from llamapro.evaluation.results import Change, ModelResult, Results, SetResult, write_results
 from llamapro.report.page import write_report
 from llamapro.report.picture import write_result_picture
 from tests.support.exports import TinyRun, make_run, step_line, validation
@@ -119,6 +120,34 @@ def test_changed_base_tensor_is_shown_as_broken(tmp_path: Path) -> None:
     lines = [{"event": "proof", "equal": 38, "total": 38}, {"event": "proof", "equal": 37, "total": 38}]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     assert '<p class="proof broken">37 of 38 base tensors' in write_report(tmp_path).read_text()
+
+
+def test_evaluation_of_the_run_is_shown_against_its_base(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {seed: 1}\n")
+    (tmp_path / "evaluation").mkdir()
+    model = ModelResult(name="m", digest="m", sets={"wiki": scored(1.5)})
+    base = ModelResult(name="b", digest="b", sets={"wiki": scored(1.25)})
+    change = {"wiki": Change(fraction=0.2, half_width=0.015)}
+    write_results(tmp_path / "evaluation", Results(settings={}, versions={}, model=model, base=base, changes=change))
+    path = write_report(tmp_path)
+    for shown in ("1.2500 ± 0.0100", "1.5000 ± 0.0100", "+20.00% ± 1.50%"):
+        assert shown in Page(path).cells, shown
+    assert 'class="number worse">+20.00%' in path.read_text()
+
+
+def scored(bits: float) -> SetResult:
+    return SetResult(
+        dataset="data/wiki",
+        dataset_fingerprint="f",
+        split="heldout",
+        loss=2 * bits,
+        loss_half_width=0.02,
+        bits_per_byte=bits,
+        bits_per_byte_half_width=0.01,
+        tokens=100,
+        bytes=400.0,
+        rows=4,
+    )
 
 
 def test_before_needs_step_zero(tmp_path: Path) -> None:
