@@ -6,6 +6,7 @@ from llamapro.errors import RetryLater
 from llamapro.training.batches import planned_work
 from llamapro.training.log_line import StepMeasures, StepTimer, step_line
 from llamapro.training.progress import Progress, StepOutcome
+from llamapro.training.proof import prove_frozen_weights, prove_identity
 from llamapro.training.randomness import seed_step
 from llamapro.training.saving import Saver
 from llamapro.training.schedule import learning_rate
@@ -27,7 +28,9 @@ def train(session: Session, progress: Progress) -> Progress:
     config, facts, ranks = session.config, session.facts, session.ranks
     saver = Saver(session)
     timer = StepTimer()
-    if progress.step == 0 and session.validation_sets:
+    prove_frozen_weights(session)
+    if progress.step == 0:
+        prove_identity(session)
         validate(session, progress)
     work = planned_work(
         session.stream,
@@ -67,8 +70,6 @@ def train(session: Session, progress: Progress) -> Progress:
 
 def validate_due(session: Session, step: int) -> bool:
     """Whether held-out text is scored after this step: at the interval, and after the last step."""
-    if not session.validation_sets:
-        return False
     return step % session.config.validation.every_steps == 0 or step == session.steps
 
 

@@ -29,7 +29,7 @@ class Progress:
             step=self.step + 1,
             sequences=self.sequences + sequences,
             tokens=self.tokens + outcome.tokens,
-            skipped=self.skipped + int(outcome.skipped),
+            skipped=self.skipped + int(bool(outcome.skipped)),
         )
 
 

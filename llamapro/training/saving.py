@@ -8,10 +8,10 @@ import time
 
 from llamapro import console
 from llamapro.checkpoint.discover import prune
-from llamapro.checkpoint.frozen import prove_frozen
 from llamapro.checkpoint.save import SaveFailed, save_checkpoint
 from llamapro.errors import CheckFailed
 from llamapro.training.progress import Progress
+from llamapro.training.proof import prove_frozen_weights
 from llamapro.training.session import Session
 from llamapro.training.trainer_state import TrainerState
 
@@ -43,7 +43,7 @@ class Saver:
         """
         if self._saved_step == progress.step or progress.step == 0:
             return
-        prove(self._session)
+        prove_frozen_weights(self._session)
         try:
             self._commit(progress)
         except SaveFailed as error:
@@ -71,18 +71,3 @@ class Saver:
         seconds = time.monotonic() - start
         session.metrics.event("save", step=progress.step, seconds=round(seconds, 3))
         console.info(f"saved {path} in {seconds:.1f} s")
-
-
-def prove(session: Session) -> None:
-    """Compare the live frozen weights with the record, on every rank, and say the result in one line.
-
-    Raises:
-        CheckFailed: naming the first tensors that differ.
-    """
-    if session.facts.record is None:
-        return
-    proof = prove_frozen(session.engine.frozen_slices(), session.facts.record, session.ranks)
-    session.metrics.event("proof", equal=proof.equal, total=proof.total)
-    if proof.different:
-        raise CheckFailed(f"frozen weights changed: {', '.join(proof.different[:5])}; nothing was saved")
-    console.info(str(proof))

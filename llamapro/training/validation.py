@@ -10,8 +10,10 @@ from llamapro.training.step import to_device
 
 
 def validate(session: Session, progress: Progress) -> None:
-    """Score every validation set with the model as it is, and log loss and bits per byte of each."""
+    """Score every validation set, if there is any, with the model as it is; log loss and bits per byte of each."""
     engine, device = session.engine, session.ranks.device
+    if not session.validation_sets:
+        return
 
     def loss(batch: Batch) -> LossOutput:
         inputs, _ = to_device(batch, device)
