@@ -4,6 +4,7 @@ DeepSpeed would build a shared-memory collective on every start on CPU: 50 s the
 killed build hangs every later start without a message. Only its tensor-parallel inference uses it, so it is left out.
 """
 
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -70,6 +71,8 @@ def stop_ranks() -> None:
 def join_deepspeed() -> None:
     """Make DeepSpeed use the process group that exists, without compiling anything."""
     deepspeed.ops.__compatible_ops__ = UNUSED_OPS
+    # DeepSpeed calls functions that torch has renamed; torch says so at every collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if deepspeed_comm.cdb is None or not deepspeed_comm.cdb.is_initialized():
         deepspeed_comm.cdb = None
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)

@@ -137,8 +137,8 @@ def frozen_slices(frozen: Sequence[tuple[str, nn.Parameter]], ranks: Ranks) -> I
     share of the copy that every rank holds.
     """
     for name, parameter in frozen:
-        cut = hasattr(parameter, "ds_tensor") and not parameter.ds_persist  # type: ignore[attr-defined]
         count = prod(full_shape(parameter))
+        cut = parameter.numel() != count  # small ones are whole on every rank once they were used
         part = parameter.ds_tensor.numel() if cut else ceil(count / ranks.world_size)  # type: ignore[attr-defined]
         start = part * ranks.rank
         own = max(0, min(part, count - start))
