@@ -81,6 +81,7 @@ def test_the_reference_library_reads_what_is_written(tmp_path: Path, max_shard_b
     assert set(loaded) == set(tensors)
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     reopened = TensorFolder.open(tmp_path)
+    assert all(entry.start % entry.item_bytes == 0 for entry in reopened.entries.values()), "unaligned tensors"
     assert {name: reopened.read(name) for name in tensors} == {name: bytes_of(tensors[name]) for name in tensors}
 
 
