@@ -16,12 +16,14 @@ from llamapro import console
 from llamapro.checkpoint.discover import find_checkpoint
 from llamapro.config.load import dump_config, load_config
 from llamapro.config.root import RunConfig
+from llamapro.errors import RetryLater, UserError
 from llamapro.files.lock import RunLock
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.environment import describe_environment
 from llamapro.training.model_facts import Stage
 from llamapro.training.preflight import Facts, check_facts, show_plan
+from llamapro.training.progress import Progress
 from llamapro.training.signals import StopRequest, watch_signals
 from llamapro.training.sources import resolved_steps, write_packs
 
@@ -74,8 +76,7 @@ def _start(config: RunConfig, facts: Facts, local_rank: int | None) -> int:
 
     folder = RunFolder(config.run.folder)
     with ExitStack() as stack:
-        if console.process_rank() == 0:
-            _prepare(config, facts, folder, stack)
+        lock = _prepare(config, facts, folder, stack) if console.process_rank() == 0 else None
         ranks = start_ranks(config.engine, local_rank)
         stack.callback(stop_ranks)
         stop = stack.enter_context(
@@ -85,27 +86,40 @@ def _start(config: RunConfig, facts: Facts, local_rank: int | None) -> int:
                 stop_file=folder.stop_file if ranks.rank == 0 else None,
             )
         )
-        return _train(config, facts, folder, ranks, stop)
+        return _train(config, facts, folder, ranks, stop, lock)
 
 
-def _prepare(config: RunConfig, facts: Facts, folder: RunFolder, stack: ExitStack) -> None:
-    """Take the run folder for this job, write down what it starts, and write the pack plans that are missing."""
+def _prepare(config: RunConfig, facts: Facts, folder: RunFolder, stack: ExitStack) -> RunLock:
+    """Take the run folder for this job and write the pack plans that are missing."""
     folder.create()
-    stack.enter_context(RunLock(folder.path, job_id=os.environ.get("SLURM_JOB_ID")))
+    lock = RunLock(folder.path, job_id=os.environ.get("SLURM_JOB_ID"))
+    try:
+        stack.enter_context(lock)
+    except UserError as error:
+        # The owner may be a node that died minutes ago: a requeued job gets the folder once the lease is stale.
+        raise RetryLater(str(error)) from error
     write_packs(config, facts, folder)
+    return lock
 
 
-def _train(config: RunConfig, facts: Facts, folder: RunFolder, ranks: Ranks, stop: StopRequest) -> int:
+def _finished(progress: Progress, steps: int, facts: Facts) -> bool:
+    """Whether nothing is left to do: no step, and not the validation after the last one."""
+    return progress.step >= steps and (progress.validated == progress.step or not facts.validation_sets)
+
+
+def _train(
+    config: RunConfig, facts: Facts, folder: RunFolder, ranks: Ranks, stop: StopRequest, lock: RunLock | None
+) -> int:
     from llamapro.training.loop import train
     from llamapro.training.opening import open_session
     from llamapro.training.trainer_state import saved_state
 
     checkpoint = find_checkpoint(folder.checkpoints, ranks)
     saved = saved_state(checkpoint)
-    if saved is not None and saved.progress.step >= resolved_steps(config, facts, folder):
+    if saved is not None and _finished(saved.progress, resolved_steps(config, facts, folder), facts):
         console.info(f"{folder.path} is finished already: its last step, {saved.progress.step}, is saved")
         return 0
-    session, progress = open_session(config, facts, folder, ranks, stop, checkpoint)
+    session, progress = open_session(config, facts, folder, ranks, stop, lock, checkpoint)
     if ranks.rank == 0:
         folder.prepare(dump_config(config), command_line(), describe_environment(ranks))
     try:

@@ -10,9 +10,9 @@ from llamapro.training.proof import prove_frozen_weights, prove_identity
 from llamapro.training.randomness import seed_step
 from llamapro.training.saving import Saver
 from llamapro.training.schedule import learning_rate
-from llamapro.training.session import Session
+from llamapro.training.session import Session, StopAsked
 from llamapro.training.step import run_step
-from llamapro.training.validation import validate
+from llamapro.training.validation import validate_if_due
 
 
 def train(session: Session, progress: Progress) -> Progress:
@@ -25,52 +25,30 @@ def train(session: Session, progress: Progress) -> Progress:
         RetryLater: a stop was asked for; the state is saved, the same command continues.
         CheckFailed: a guard stopped the run.
     """
-    config, facts, ranks = session.config, session.facts, session.ranks
-    saver = Saver(session)
-    timer = StepTimer()
+    saver, timer = Saver(session, progress), StepTimer()
     prove_frozen_weights(session)
-    if progress.step == 0:
-        prove_identity(session)
-        validate(session, progress)
-    work = planned_work(
-        session.stream,
-        progress.sequences,
-        session.steps - progress.step,
-        config.batch.global_sequences,
-        facts.micro_sequences,
-        facts.accumulation_steps,
-        ranks,
-    )
-    with Prefetcher(work) as fetched:
-        timer.restart()
-        for share in fetched:
-            seed_step(config.run.seed, progress.step, ranks.rank)
-            outcome = run_step(
-                session.engine,
-                share,
-                ranks,
-                learning_rate=learning_rate(progress.step, session.steps, config.schedule),
-                source_names=session.source_names,
-                guard=session.guard,
-                may_continue=session.may_continue,
-            )
-            if outcome is None:
-                saver.save(progress)
-                raise RetryLater(f"stopped as asked after step {progress.step}; the same command continues from there")
-            progress = progress.after(outcome, config.batch.global_sequences)
-            _log(session, progress, outcome, timer, fetched.take_wait_seconds())
-            session.guard.check_limit()
-            if validate_due(session, progress.step):
-                validate(session, progress)
-            if saver.due(progress):
-                saver.save(progress)
+    try:
+        if progress.step == 0:
+            prove_identity(session)
+        progress = validate_if_due(session, progress)
+        with Prefetcher(planned_work(session, progress)) as fetched:
             timer.restart()
+            for work in fetched:
+                seed_step(session.config.run.seed, progress.step, session.ranks.rank)
+                rate = learning_rate(progress.step, session.steps, session.config.schedule)
+                outcome = run_step(session, work, rate)
+                progress = progress.after(outcome, session.config.batch.global_sequences)
+                _log(session, progress, outcome, timer, fetched.take_wait_seconds())
+                session.guard.check_limit()
+                progress = validate_if_due(session, progress)
+                if saver.due(progress):
+                    saver.save(progress)
+                timer.restart()
+        saver.save(progress)
+    except StopAsked as stop:
+        saver.save(progress)
+        raise RetryLater(f"{stop}: stopped after step {progress.step}; the same command continues from there") from stop
     return progress
-
-
-def validate_due(session: Session, step: int) -> bool:
-    """Whether held-out text is scored after this step: at the interval, and after the last step."""
-    return step % session.config.validation.every_steps == 0 or step == session.steps
 
 
 def _log(session: Session, progress: Progress, outcome: StepOutcome, timer: StepTimer, wait_seconds: float) -> None:

@@ -1,11 +1,6 @@
-"""Open a run: its parts in the order in which they depend on each other, then the restored progress.
+"""Open a run: its parts in the order in which they depend on each other, then the restored progress."""
 
-What can fail on one rank alone (a flipped byte in its share of the base) is agreed on, so that every rank ends with
-the same message instead of waiting for a peer.
-"""
-
-from collections.abc import Callable
-from typing import TypeVar
+import time
 
 import torch
 
@@ -14,12 +9,13 @@ from llamapro.checkpoint.folder import Checkpoint
 from llamapro.checkpoint.restore import load_checkpoint
 from llamapro.config.root import RunConfig
 from llamapro.engine.engine import Engine
-from llamapro.errors import CheckFailed, LlamaproError, UserError
 from llamapro.evaluation.model_digest import model_digest
+from llamapro.files.lock import RunLock
 from llamapro.modeling.build import build_model
 from llamapro.modeling.model import LanguageModel
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
+from llamapro.training.agreement import agree
 from llamapro.training.guards import SpikeGuard
 from llamapro.training.metrics import MetricsLog, cut_back
 from llamapro.training.preflight import Facts
@@ -33,7 +29,6 @@ from llamapro.training.trackers import open_trackers
 from llamapro.training.trainer_state import TrainerState, saved_state
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
-T = TypeVar("T")
 
 
 def open_session(
@@ -42,11 +37,13 @@ def open_session(
     folder: RunFolder,
     ranks: Ranks,
     stop: StopRequest,
+    lock: RunLock | None,
     checkpoint: Checkpoint | None,
 ) -> tuple[Session, Progress]:
     """Make the parts of a run and restore its checkpoint; collective.
 
     Args:
+        lock: of the run folder, on rank 0.
         checkpoint: the newest valid one of this run; None at its first start.
 
     Returns:
@@ -87,29 +84,13 @@ def open_session(
         guard=guard,
         metrics=_metrics(config, folder, ranks, progress),
         stop=stop,
+        deadline=_deadline(config),
+        lock=lock,
         identity=identity,
         validation_sets=open_validation_sets(config, facts, ranks),
     )
     _say_start(session, progress, checkpoint, decision, model)
     return session, progress
-
-
-def agree(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Do work that may fail on one rank alone; if it fails on any, every rank raises the same error.
-
-    Raises:
-        UserError: on every rank, when the first failing rank met one.
-        CheckFailed: on every rank, for any other error of ours.
-    """
-    value, failure = _attempt(work)
-    report = (str(failure), failure.exit_code) if failure else None
-    reports = [entry for entry in ranks.all_gather_json(report) if entry is not None]
-    if reports:
-        message, exit_code = reports[0]
-        kind = UserError if exit_code == UserError.exit_code else CheckFailed
-        raise kind(message) from failure
-    assert value is not None
-    return value
 
 
 def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdentity:
@@ -132,13 +113,6 @@ def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdent
         schedule=config.schedule.model_dump(mode="json", exclude={"steps"}),
         optimizer=config.optimizer.model_dump(mode="json"),
     )
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, LlamaproError | None]:
-    try:
-        return work(), None
-    except LlamaproError as error:
-        return None, error
 
 
 def _decide(saved: TrainerState | None, identity: RunIdentity, config: RunConfig) -> ResumeDecision:
@@ -179,6 +153,11 @@ def _guard(config: RunConfig) -> SpikeGuard:
         window_steps=settings.spike_window_steps,
         max_skipped_in_a_row=settings.max_skipped_in_a_row,
     )
+
+
+def _deadline(config: RunConfig) -> float | None:
+    minutes = config.run.stop_after_minutes
+    return None if minutes is None else time.monotonic() + 60 * minutes
 
 
 def _metrics(config: RunConfig, folder: RunFolder, ranks: Ranks, progress: Progress) -> MetricsLog:

@@ -15,12 +15,14 @@ class Progress:
         sequences: sequences of the sample stream used up; the next one is this number.
         tokens: target tokens trained on, over all ranks.
         skipped: steps whose update was skipped by a guard.
+        validated: the last step after which held-out text was scored; -1 before the first time.
     """
 
     step: int = 0
     sequences: int = 0
     tokens: int = 0
     skipped: int = 0
+    validated: int = -1
 
     def after(self, outcome: "StepOutcome", sequences: int) -> "Progress":
         """The progress after one more step over this many sequences."""

@@ -63,4 +63,4 @@ def _logit_difference(session: Session, blocks: tuple[int, ...]) -> float:
         with model.bypassed(blocks):
             base = model.logits(ids, positions)
     mine = float((expanded.float() - base.float()).abs().max())
-    return max(ranks.all_gather_json(mine))
+    return max(float(other) for other in ranks.all_gather_json(mine))

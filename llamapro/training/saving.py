@@ -10,6 +10,7 @@ from llamapro import console
 from llamapro.checkpoint.discover import prune
 from llamapro.checkpoint.save import SaveFailed, save_checkpoint
 from llamapro.errors import CheckFailed
+from llamapro.training.agreement import agree
 from llamapro.training.progress import Progress
 from llamapro.training.proof import prove_frozen_weights
 from llamapro.training.session import Session
@@ -21,10 +22,11 @@ MAX_FAILED_SAVES = 3
 class Saver:
     """Saves a run's state at the configured steps and minutes."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, restored: Progress) -> None:
+        """`restored`: the progress that the run continues from; it is saved already."""
         self._session = session
         self._last_time = time.monotonic()
-        self._saved_step: int | None = None
+        self._saved = restored
         self._failed_in_a_row = 0
 
     def due(self, progress: Progress) -> bool:
@@ -39,10 +41,12 @@ class Saver:
         """Prove the frozen weights, commit a checkpoint of this progress, delete what is not kept.
 
         Raises:
-            CheckFailed: a frozen tensor changed, or too many saves failed in a row.
+            CheckFailed: a frozen tensor changed, too many saves failed in a row, or another job has taken the folder.
         """
-        if self._saved_step == progress.step or progress.step == 0:
+        if progress == self._saved or progress.step == 0:
             return
+        self._session.stop.heartbeat()
+        agree(self._session.ranks, self._check_lock)
         prove_frozen_weights(self._session)
         try:
             self._commit(progress)
@@ -53,9 +57,15 @@ class Saver:
             if self._failed_in_a_row >= MAX_FAILED_SAVES:
                 raise CheckFailed(f"{MAX_FAILED_SAVES} saves in a row failed, the last because: {error}") from error
             return
+        self._session.stop.heartbeat()
         self._failed_in_a_row = 0
-        self._saved_step = progress.step
+        self._saved = progress
         self._last_time = time.monotonic()
+
+    def _check_lock(self) -> None:
+        """A job whose lease another one has taken must not write into the run folder any more."""
+        if self._session.lock is not None:
+            self._session.lock.check()
 
     def _commit(self, progress: Progress) -> None:
         session = self._session

@@ -1,11 +1,13 @@
 """The parts of a run, made once before the loop by `opening.open_session`."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llamapro.config.root import RunConfig
 from llamapro.data.loader import Batch, SampleStream
 from llamapro.engine.engine import Engine
+from llamapro.files.lock import RunLock
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.guards import SpikeGuard
@@ -15,6 +17,10 @@ from llamapro.training.resume import RunIdentity
 from llamapro.training.signals import StopRequest
 
 
+class StopAsked(Exception):
+    """All ranks agreed to stop; the text says who asked. The loop saves and ends with a `RetryLater`."""
+
+
 @dataclass(frozen=True)
 class Session:
     """What the loop works with; the same on every rank but for `ranks`, `metrics` and what the engine holds.
@@ -22,6 +28,8 @@ class Session:
     Attributes:
         steps: optimizer steps of the whole run.
         source_names: names of the stream's sources, by source number.
+        deadline: `time.monotonic()` at which the run stops by itself; None: never.
+        lock: of the run folder, held by rank 0; None on the others.
         validation_sets: this rank's held-out batches by set, with the UTF-8 bytes of each row; equally many batches
             on every rank.
     """
@@ -37,13 +45,20 @@ class Session:
     guard: SpikeGuard
     metrics: MetricsLog
     stop: StopRequest
+    deadline: float | None
+    lock: RunLock | None
     identity: RunIdentity
     validation_sets: Mapping[str, Sequence[tuple[Batch, Sequence[float]]]]
 
-    def may_continue(self) -> bool:
-        """Whether no rank was asked to stop; collective, and a sign of life to the watchdog."""
+    def go_on(self) -> None:
+        """Go on unless any rank was asked to stop; collective, and a sign of life to the watchdog.
+
+        Raises:
+            StopAsked: on every rank, with one rank's reason.
+        """
         self.stop.heartbeat()
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.stop.request("run.stop_after_minutes are over")
         if self.ranks.any(self.stop.requested):
             self.stop.acknowledge()
-            return False
-        return True
+            raise StopAsked(next(filter(None, self.ranks.all_gather_json(self.stop.reason))))

@@ -4,23 +4,15 @@ The loss of a step is the sum over its target tokens divided by their global num
 packed rows of unequal fill weigh every token the same.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 
 from llamapro.data.loader import Batch
-from llamapro.engine.engine import Engine
 from llamapro.modeling.model import LossOutput
 from llamapro.ranks import Ranks
 from llamapro.training.progress import StepOutcome, StepWork
-
-
-class StepGuard(Protocol):
-    """Decides whether an update may be applied, from the step's loss and gradient norm."""
-
-    def objection(self, loss: float, gradient_norm: float) -> str:
-        """Why this update must be skipped; empty when it may be applied."""
+from llamapro.training.session import Session, StopAsked
 
 
 class LossSums:
@@ -45,36 +37,27 @@ class LossSums:
         return both[: len(both) // 2], both[len(both) // 2 :]
 
 
-def run_step(
-    engine: Engine,
-    work: StepWork,
-    ranks: Ranks,
-    *,
-    learning_rate: float,
-    source_names: Sequence[str],
-    guard: StepGuard,
-    may_continue: Callable[[], bool],
-) -> StepOutcome | None:
-    """Take one optimizer step.
+def run_step(session: Session, work: StepWork, learning_rate: float) -> StepOutcome:
+    """Take one optimizer step; collective.
 
-    Args:
-        may_continue: asked before each micro-batch, collectively: the same answer on every rank.
-
-    Returns:
-        What it did, or None when a stop was agreed between micro-batches: the gradients so far are dropped and the
-        weights are those of the step before.
+    Raises:
+        StopAsked: a stop was agreed between micro-batches. The gradients so far are dropped: the weights are those
+            of the step before.
     """
+    engine, ranks = session.engine, session.ranks
     (tokens,) = ranks.sum_integers([work.valid_tokens])
-    sums = LossSums(len(source_names), ranks.device)
+    sums = LossSums(len(session.source_names), ranks.device)
     for batch in work.micro_batches:
-        if not may_continue():
+        try:
+            session.go_on()
+        except StopAsked:
             engine.drop_gradients()
-            return None
+            raise
         inputs, sources = to_device(batch, ranks.device)
         loss = engine.forward_loss(*inputs)
         sums.add(sources, loss)
         engine.backward(loss.loss_sum, tokens)
-    return _update(engine, sums, ranks, learning_rate, source_names, guard)
+    return _update(session, sums, learning_rate)
 
 
 def to_device(
@@ -86,29 +69,25 @@ def to_device(
     return (inputs, labels, positions), torch.from_numpy(batch.sources).to(device)
 
 
-def _update(
-    engine: Engine,
-    sums: LossSums,
-    ranks: Ranks,
-    learning_rate: float,
-    source_names: Sequence[str],
-    guard: StepGuard,
-) -> StepOutcome:
-    loss_sums, token_counts = sums.over_ranks(ranks)
+def _update(session: Session, sums: LossSums, learning_rate: float) -> StepOutcome:
+    loss_sums, token_counts = sums.over_ranks(session.ranks)
     loss = sum(loss_sums) / max(1.0, sum(token_counts))
     objections: list[str] = []
 
     def veto(gradient_norm: float) -> bool:
-        objections.append(guard.objection(loss, gradient_norm))
+        objections.append(session.guard.objection(loss, gradient_norm))
         return bool(objections[-1])
 
-    result = engine.step(learning_rate, veto)
-    by_source = zip(source_names, loss_sums, token_counts, strict=True)
+    result = session.engine.step(learning_rate, veto)
     return StepOutcome(
         loss=loss,
         gradient_norm=result.gradient_norm,
         learning_rate=learning_rate,
         tokens=int(sum(token_counts)),
         skipped=objections[-1] if result.skipped else "",
-        source_losses={name: total / count for name, total, count in by_source if count},
+        source_losses=_means(session.source_names, loss_sums, token_counts),
     )
+
+
+def _means(names: Sequence[str], sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}

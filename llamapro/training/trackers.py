@@ -13,7 +13,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record these numbers at this step."""
@@ -22,7 +22,7 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def open_trackers(names: Sequence[str], tensorboard_folder: Path, first_step: int) -> list[Tracker]:

@@ -1,5 +1,7 @@
 """Held-out text scored during a run, by the same code as `llamapro evaluate`."""
 
+from dataclasses import replace
+
 from llamapro import console
 from llamapro.data.loader import Batch
 from llamapro.evaluation.text import evaluate_text
@@ -9,11 +11,26 @@ from llamapro.training.session import Session
 from llamapro.training.step import to_device
 
 
-def validate(session: Session, progress: Progress) -> None:
-    """Score every validation set, if there is any, with the model as it is; log loss and bits per byte of each."""
+def validate_if_due(session: Session, progress: Progress) -> Progress:
+    """Score the validation sets before the first step, at the interval and after the last step; collective.
+
+    Returns:
+        The progress, which remembers that this step is validated, so that a resumed run makes up for a validation
+        that was interrupted.
+
+    Raises:
+        StopAsked: a stop was asked for in the middle of it.
+    """
+    step = progress.step
+    due = step in (0, session.steps) or step % session.config.validation.every_steps == 0
+    if not due or progress.validated == step or not session.validation_sets:
+        return progress
+    _validate(session, step)
+    return replace(progress, validated=step)
+
+
+def _validate(session: Session, step: int) -> None:
     engine, device = session.engine, session.ranks.device
-    if not session.validation_sets:
-        return
 
     def loss(batch: Batch) -> LossOutput:
         inputs, _ = to_device(batch, device)
@@ -22,11 +39,11 @@ def validate(session: Session, progress: Progress) -> None:
     values: dict[str, float] = {}
     with engine.evaluating():
         for name, batches in session.validation_sets.items():
-            score = evaluate_text(loss, batches, session.ranks)
+            score = evaluate_text(loss, batches, session.ranks, lambda _rows: session.go_on())
             values[f"validation/{name}/loss"] = score.loss
             values[f"validation/{name}/bits_per_byte"] = score.bits_per_byte
             console.info(
-                f"step {progress.step} | held-out {name}: loss {score.loss:.4f} nats/token, "
+                f"step {step} | held-out {name}: loss {score.loss:.4f} nats/token, "
                 f"{score.bits_per_byte:.4f} bits/byte over {score.tokens:,} tokens"
             )
-    session.metrics.step(progress.step, values)
+    session.metrics.step(step, values)
