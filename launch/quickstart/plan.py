@@ -21,9 +21,9 @@ BASE_ID = "SmolLM2-135M-Instruct-Q4_1"
 NEW_BLOCKS = 6
 HELDOUT_FRACTION = 0.04
 DOMAIN, GENERAL = "hpo", "wiki"  # the names of the sources in the recipe
-# 40 rows of 512 tokens: about 20,000 tokens of each held-out text, half a minute on two cores.
-EVALUATED_SEQUENCES, EVALUATED_TOKENS = 40, 512
-SHORT_RUN_SEQUENCES = 8
+# 39 rows of 512 tokens: just under 20,000 tokens of each held-out text, half a minute on two cores.
+EVALUATED_SEQUENCES, EVALUATED_TOKENS = 39, 512
+SHORT_RUN_SEQUENCES = 4
 PROMPTS = ("Macrocephaly:", "Sensorineural hearing impairment:")
 
 
@@ -245,7 +245,7 @@ def _training_step(places: Places, machine: Machine, steps: int | None, after: t
     recipe = LAUNCH / "recipes" / "quickstart.yaml"
     overrides = ["--run.folder", str(places.run)]
     if steps is not None:
-        overrides += ["--schedule.steps", str(steps), "--validation.sequences", str(SHORT_RUN_SEQUENCES)]
+        overrides += ["--schedule.steps", str(steps)]
 
     def train() -> None:
         command = deepspeed_command(LAUNCH / "pretrain.py", machine.ranks, "--config", recipe, *overrides)
