@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from llamapro.config.load import load_config
+from tests.support.hidden import hide_package
 from tests.support.models import TRAINING_TEXT, save_tiny_llama
 from tests.support.source import ROOT
 
@@ -111,20 +112,25 @@ def workplace(folder: Path) -> None:
     (folder / "launch").symlink_to(ROOT / "launch")
 
 
+def environment_of(program: str, folder: Path) -> dict[str, str]:
+    """A reader's environment; a login node need not have deepspeed, so only the training's own commands see it."""
+    path = str(ROOT) if program == "deepspeed" else f"{hide_package(folder / 'hidden', 'deepspeed')}:{ROOT}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return environment
+
+
 def test_the_chain_of_commands_runs(tmp_path: Path) -> None:
     workplace(tmp_path)
     binaries = Path(sys.executable).parent
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     for command in commands():
         if any(word in command for word in NEEDS_A_CLUSTER):
             continue
-        words = shlex.split(tiny(command))
-        program = [sys.executable, "-m", "llamapro"] if words[0] == "llamapro" else [str(binaries / words[0])]
-        done = subprocess.run(
-            [*program, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+        name, *arguments = shlex.split(tiny(command))
+        program = [sys.executable, "-m", "llamapro"] if name == "llamapro" else [str(binaries / name)]
+        environment = environment_of(name, tmp_path)
+        done = subprocess.run([*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "law" / "report.html").is_file()
     assert orjson.loads((tmp_path / "work" / "evaluation" / "results.json").read_bytes())["changes"]

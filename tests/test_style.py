@@ -18,7 +18,7 @@ def functions(tree: ast.AST) -> Iterator[Function]:
 
 
 def undocumented(tree: ast.Module) -> list[str]:
-    """Public modules, classes, functions and methods without a docstring; overrides inherit theirs."""
+    """Public modules, classes, functions and methods without a docstring; overrides and setters have it elsewhere."""
     missing = [] if ast.get_docstring(tree) else ["module"]
     for node in tree.body:
         missing += _undocumented(node, "")
@@ -29,16 +29,17 @@ def _undocumented(node: ast.AST, prefix: str) -> list[str]:
     if not isinstance(node, Function | ast.ClassDef) or node.name.startswith("_"):
         return []
     name = f"{prefix}{node.name}"
-    missing = [] if ast.get_docstring(node) or _is_override(node) else [name]
+    missing = [] if ast.get_docstring(node) or _is_documented_elsewhere(node) else [name]
     if isinstance(node, ast.ClassDef):
         for child in node.body:
             missing += _undocumented(child, f"{name}.")
     return missing
 
 
-def _is_override(node: Function | ast.ClassDef) -> bool:
+def _is_documented_elsewhere(node: Function | ast.ClassDef) -> bool:
     return any(
-        ast.unparse(decorator).rpartition(".")[2] in ("override", "overload") for decorator in node.decorator_list
+        ast.unparse(decorator).rpartition(".")[2] in ("override", "overload", "setter")
+        for decorator in node.decorator_list
     )
 
 
