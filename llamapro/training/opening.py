@@ -10,6 +10,7 @@ from llamapro.checkpoint.restore import load_checkpoint
 from llamapro.config.root import RunConfig
 from llamapro.engine.engine import Engine
 from llamapro.evaluation.model_digest import model_digest
+from llamapro.expansion.record import ExpansionRecord
 from llamapro.files.lock import RunLock
 from llamapro.modeling.build import build_model
 from llamapro.modeling.model import LanguageModel
@@ -17,6 +18,7 @@ from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.agreement import agree
 from llamapro.training.guards import SpikeGuard
+from llamapro.training.live_record import record_in_memory
 from llamapro.training.metrics import MetricsLog, cut_back
 from llamapro.training.preflight import Facts
 from llamapro.training.progress import Progress
@@ -82,11 +84,12 @@ def open_session(
         steps=identity.steps,
         source_names=tuple(facts.sources),
         guard=guard,
-        metrics=_metrics(config, folder, ranks, progress),
+        metrics=_metrics(config, folder, ranks, progress.step if saved else -1),
         stop=stop,
         deadline=_deadline(config),
         lock=lock,
         identity=identity,
+        live_record=_live_record(config, facts, ranks),
         validation_sets=open_validation_sets(config, facts, ranks),
     )
     _say_start(session, progress, checkpoint, decision, model)
@@ -155,16 +158,23 @@ def _guard(config: RunConfig) -> SpikeGuard:
     )
 
 
+def _live_record(config: RunConfig, facts: Facts, ranks: Ranks) -> ExpansionRecord | None:
+    if facts.record is None:
+        return None
+    return record_in_memory(facts.record, facts.model_folder, config.engine.precision, ranks)
+
+
 def _deadline(config: RunConfig) -> float | None:
     minutes = config.run.stop_after_minutes
     return None if minutes is None else time.monotonic() + 60 * minutes
 
 
-def _metrics(config: RunConfig, folder: RunFolder, ranks: Ranks, progress: Progress) -> MetricsLog:
+def _metrics(config: RunConfig, folder: RunFolder, ranks: Ranks, last_step: int) -> MetricsLog:
+    """`last_step`: the last one whose numbers stand; -1 at a first start, also when an earlier one saved nothing."""
     if ranks.rank != 0:
         return MetricsLog(None)
-    cut_back(folder.metrics_file, progress.step)
-    trackers = open_trackers(config.logging.trackers, folder.tensorboard, progress.step + 1)
+    cut_back(folder.metrics_file, last_step)
+    trackers = open_trackers(config.logging.trackers, folder.tensorboard, last_step + 1)
     return MetricsLog(folder.metrics_file, trackers)
 
 

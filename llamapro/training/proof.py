@@ -20,7 +20,7 @@ def prove_frozen_weights(session: Session) -> None:
     Raises:
         CheckFailed: naming the first tensors that differ.
     """
-    record = session.facts.record
+    record = session.live_record
     if record is None:
         return
     trainable = [name for name, _ in session.engine.model.trainable_parameters()]
@@ -34,14 +34,15 @@ def prove_frozen_weights(session: Session) -> None:
 def prove_identity(session: Session) -> None:
     """Check that the expanded model computes what its base computes, before anything is trained; collective.
 
-    Blocks that were trained earlier are part of what is compared against, so only fresh ones are bypassed.
+    Blocks that were trained earlier are part of what is compared against, so only fresh ones are bypassed. A run that
+    begins with another run's weights has no fresh blocks.
 
     Raises:
         CheckFailed: a fresh new block changes the logits.
     """
     record = session.facts.record
     fresh = record.untrained_blocks() if record else ()
-    if not fresh:
+    if not fresh or session.config.checkpoint.start_from is not None:
         return
     difference = _logit_difference(session, fresh)
     session.metrics.event("identity", max_logit_difference=difference, blocks=list(fresh))

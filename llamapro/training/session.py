@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llamapro.config.root import RunConfig
 from llamapro.data.loader import Batch, SampleStream
 from llamapro.engine.engine import Engine
+from llamapro.expansion.record import ExpansionRecord
 from llamapro.files.lock import RunLock
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
@@ -30,6 +31,7 @@ class Session:
         source_names: names of the stream's sources, by source number.
         deadline: `time.monotonic()` at which the run stops by itself; None: never.
         lock: of the run folder, held by rank 0; None on the others.
+        live_record: the expansion record as the weights in memory must match it; None for a model without one.
         validation_sets: this rank's held-out batches by set, with the UTF-8 bytes of each row; equally many batches
             on every rank.
     """
@@ -48,6 +50,7 @@ class Session:
     deadline: float | None
     lock: RunLock | None
     identity: RunIdentity
+    live_record: ExpansionRecord | None
     validation_sets: Mapping[str, Sequence[tuple[Batch, Sequence[float]]]]
 
     def go_on(self) -> None:
