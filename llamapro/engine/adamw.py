@@ -1,9 +1,11 @@
-"""AdamW that can be told not to step: masters, moments and step count then stay as they are.
+"""AdamW that clips, and that can be told not to step: masters, moments and step count then stay as they are.
 
 DeepSpeed calls the optimizer once per flat partition when the gradient norm is already known, and offers no way to
-skip from there. Skip and spike rules live in the function asked here.
+skip from there. Skip and spike rules live in the function asked here. Clipping is done here too, because DeepSpeed
+rounds its factor in another way at each ZeRO stage.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 
 from llamapro.config.optimizer import OptimizerConfig
 
+FACTOR_STEPS = 1 << 16
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -19,7 +22,8 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter 2019) with a veto, and with its state there from the start.
 
     Attributes:
-        vetoed: asked before each partition is updated; true leaves the partition alone.
+        gradient_factor: asked before each partition is updated: what to multiply its gradient by, or None to leave the
+            partition alone.
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], settings: OptimizerConfig, *, fused: bool) -> None:
@@ -32,12 +36,17 @@ class AdamW(torch.optim.AdamW):
             foreach=False,
             fused=fused,
         )
-        self.vetoed: Callable[[], bool] = lambda: False
+        self.gradient_factor: Callable[[], float | None] = lambda: 1.0
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the partitions that DeepSpeed put into the groups, unless vetoed."""
-        if not self.vetoed():
-            super().step(closure)
+        factor = self.gradient_factor()
+        if factor is None:
+            return
+        if factor != 1.0:
+            for gradient in (part.grad for group in self.param_groups for part in group["params"]):
+                gradient.mul_(factor)
+        super().step(closure)
 
     def make_state(self, partitions: Iterable[torch.Tensor]) -> None:
         """Give each flat partition the state that torch would make on its first update."""
@@ -62,6 +71,17 @@ class AdamW(torch.optim.AdamW):
         """Use this learning rate from now on."""
         for group in self.param_groups:
             group["lr"] = learning_rate
+
+
+def clip_factor(gradient_norm: float, limit: float | None) -> float:
+    """What a gradient is multiplied by so that its norm is at most `limit`.
+
+    Rounded to 16 bits: the norm's last bits, in which ZeRO stages differ, then don't reach the weights.
+    """
+    if limit is None or gradient_norm <= limit:
+        return 1.0
+    fraction, exponent = math.frexp(limit / gradient_norm)
+    return math.ldexp(round(fraction * FACTOR_STEPS), exponent) / FACTOR_STEPS
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> list[dict[str, Any]]:

@@ -12,8 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from deepspeed.comm.config import CommsConfig  # type: ignore[import-untyped]
-from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig  # type: ignore[import-untyped]
+from deepspeed.comm.config import CommsLoggerConfig  # type: ignore[import-untyped]
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # type: ignore[import-untyped]
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # type: ignore[import-untyped]
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig  # type: ignore[import-untyped]
@@ -33,12 +32,11 @@ SECTIONS: Mapping[KeyPath, type[BaseModel]] = {
     ("zero_optimization", "offload_param"): DeepSpeedZeroOffloadParamConfig,
     ("zero_optimization", "leaf_module"): DeepSpeedZeroLeafModuleConfig,
     ("bf16",): DeepSpeedBF16Config,
-    ("flops_profiler",): DeepSpeedFlopsProfilerConfig,
-    ("comms_logger",): CommsConfig,
+    ("comms_logger",): CommsLoggerConfig,
 }
 """Sections whose keys DeepSpeed declares; every other section has the keys of the JSON file."""
 
-DIAGNOSTIC_KEYS = ("flops_profiler", "comms_logger", "log_level")
+DIAGNOSTIC_KEYS = ("comms_logger", "log_level")
 """Top-level keys beyond those of the JSON files that an overlay may set."""
 
 SET_ELSEWHERE: Mapping[KeyPath, str] = {
@@ -137,7 +135,6 @@ def overlaid(base: Json, overlay: Json, source: str) -> Json:
 
 def _fill(values: Json, config: RunConfig) -> Json:
     """Replace the "auto" values that depend on the run configuration only."""
-    values["gradient_clipping"] = config.optimizer.gradient_clip_norm or 0.0
     values["bf16"]["enabled"] = config.engine.precision != "float32"
     device = "cpu" if config.engine.offload == "optimizer" else "none"
     values["zero_optimization"]["offload_optimizer"] = {"device": device, "pin_memory": True}

@@ -1,15 +1,18 @@
 """One training step on DeepSpeed ZeRO 1, 2 or 3, exact in its scaling, with nothing skipped silently.
 
 The mean loss of a step is the sum over its target tokens on all ranks divided by their global number, so every
-micro-batch is scaled by that number, which is known before the step begins, and DeepSpeed's own averaging is undone.
+micro-batch is scaled by that number, which is known before the step begins. DeepSpeed averages over ranks; that is
+undone on the float32 gradients and not by scaling the loss, which would round the bf16 backward pass in another way at
+each world size.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed  # type: ignore[import-untyped]
@@ -18,9 +21,8 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger  # type: ignore[import-untyped]
 from torch import nn
 
-from llamapro.config.engine import EngineConfig
 from llamapro.config.root import RunConfig
-from llamapro.engine.adamw import AdamW, decay_groups
+from llamapro.engine.adamw import AdamW, clip_factor, decay_groups
 from llamapro.engine.configuration import deepspeed_configuration
 from llamapro.engine.partition import fetch_by_block, stage3_partitioner
 from llamapro.engine.start import WATCHDOG_MARGIN_MINUTES, join_deepspeed, limit_waiting
@@ -53,14 +55,15 @@ class Engine:
         optimizer: AdamW,
         model: LanguageModel,
         state: NamedState,
-        settings: EngineConfig,
+        config: RunConfig,
         ranks: Ranks,
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._optimizer = optimizer
         self._model = model
         self._state = state
-        self._settings = settings
+        self._step_limit_minutes = config.engine.step_timeout_minutes + WATCHDOG_MARGIN_MINUTES
+        self._clip_norm = config.optimizer.gradient_clip_norm
         self._ranks = ranks
         self._accumulation_steps: int = deepspeed_engine.gradient_accumulation_steps()
         self._micro_step = 0
@@ -109,7 +112,7 @@ class Engine:
             )
         limit_waiting(config.engine.startup_timeout_minutes)
         state = NamedState(engine.optimizer, optimizer, trainable, zero_stage)
-        return cls(engine, optimizer, model, state, config.engine, ranks)
+        return cls(engine, optimizer, model, state, config, ranks)
 
     @staticmethod
     def partitioner(config: RunConfig, zero_stage: int) -> Callable[[nn.Module], None] | None:
@@ -136,8 +139,7 @@ class Engine:
         assert self._micro_step < self._accumulation_steps, "more micro-batches than accumulation steps"
         self._micro_step += 1
         self._deepspeed.set_gradient_accumulation_boundary(self._micro_step == self._accumulation_steps)
-        scale = self._ranks.world_size / max(1, global_valid_tokens)
-        self._deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+        self._deepspeed.backward(loss_sum / max(1, global_valid_tokens), scale_wrt_gas=False)
 
     def step(self, learning_rate: float, veto: Veto | None = None) -> StepResult:
         """Clip and apply the accumulated gradient, unless it is not finite or vetoed.
@@ -146,15 +148,17 @@ class Engine:
         """
         assert self._micro_step == self._accumulation_steps, "a step before its last micro-batch"
         decisions: list[StepResult] = []
+        world_size = self._ranks.world_size
 
-        def vetoed() -> bool:
+        def gradient_factor() -> float | None:
             if not decisions:
-                norm = float(self._deepspeed.optimizer._global_grad_norm)
+                norm = world_size * float(self._deepspeed.optimizer._global_grad_norm)
                 decisions.append(StepResult(norm, veto is not None and veto(norm)))
-            return decisions[0].skipped
+            norm, skipped = decisions[0]
+            return None if skipped else world_size * clip_factor(norm, self._clip_norm)
 
         self._optimizer.set_learning_rate(learning_rate)
-        self._optimizer.vetoed = vetoed
+        self._optimizer.gradient_factor = gradient_factor
         self._deepspeed.step()
         self._micro_step = 0
         self._tighten_timeout()
@@ -179,6 +183,11 @@ class Engine:
                 yield
         finally:
             self._deepspeed.train()
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model under training."""
+        return self._model
 
     @property
     def optimizer_steps(self) -> int:
@@ -206,7 +215,7 @@ class Engine:
     def _tighten_timeout(self) -> None:
         """From the first finished step on ranks wait for each other only as long as a step may take."""
         if not self._started:
-            limit_waiting(self._settings.step_timeout_minutes + WATCHDOG_MARGIN_MINUTES)
+            limit_waiting(self._step_limit_minutes)
             self._started = True
 
 
@@ -228,10 +237,11 @@ def _forget_gradients(zero_optimizer: Any) -> None:
 
 @contextmanager
 def _only_errors_logged() -> Iterator[None]:
-    """DeepSpeed warns about our own optimizer on every start."""
+    """On every start DeepSpeed warns about our optimizer, and its bf16 optimizer prints the memory in use."""
     level = deepspeed_logger.level
     deepspeed_logger.setLevel(logging.ERROR)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         deepspeed_logger.setLevel(level)

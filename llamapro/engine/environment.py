@@ -6,6 +6,7 @@ variable that is already set is the user's choice and stays.
 
 import importlib.util
 import os
+import re
 import runpy
 import socket
 import zlib
@@ -135,12 +136,8 @@ def _slurm_local_tasks() -> int:
 
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: "gpu[007-009,12],login1" → "gpu007"."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return nodes.partition(",")[0]
-    numbers, _, tail = rest.partition("]")
-    first = numbers.partition(",")[0].partition("-")[0]
-    return head + first + tail.partition(",")[0]
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def _torch_cuda_version() -> str | None:

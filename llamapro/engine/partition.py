@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed  # type: ignore[import-untyped]
+import torch
 from deepspeed.utils import set_z3_leaf_module  # type: ignore[import-untyped]
 from torch import nn
 
@@ -32,8 +33,19 @@ def stage3_partitioner(configuration: dict[str, Any]) -> Callable[[nn.Module], N
 def fetch_by_block(blocks: nn.ModuleList, lowest_trainable: int | None) -> None:
     """Let stage 3 gather each block at once instead of linear by linear.
 
-    The lowest block that learns is left out: its input needs no gradient, so the hook that would gather the block
-    again for the backward pass never fires, and the backward pass fails on empty weights.
+    The input of the lowest block that learns needs no gradient, so the hook that gathers a block again for its
+    backward pass would never fire there, and the backward pass would fail on empty weights. It is given a gradient
+    that nobody reads. (Leaving that block to be gathered linear by linear also works, but sums gradients in another
+    order than stage 2 does.)
     """
-    for index, block in enumerate(blocks):
-        set_z3_leaf_module(block, index != lowest_trainable)
+    for block in blocks:
+        set_z3_leaf_module(block, True)
+    if lowest_trainable is not None:
+        blocks[lowest_trainable].register_forward_pre_hook(_with_input_gradient, prepend=True)
+
+
+def _with_input_gradient(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    hidden_states, *others = arguments
+    if hidden_states.requires_grad or not torch.is_grad_enabled():
+        return None
+    return (hidden_states.detach().requires_grad_(), *others)

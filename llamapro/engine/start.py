@@ -5,9 +5,7 @@ killed build hangs every later start without a message. Only its tensor-parallel
 """
 
 import warnings
-from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import deepspeed  # type: ignore[import-untyped]
 import deepspeed.ops  # type: ignore[import-untyped]
@@ -82,12 +80,6 @@ def limit_waiting(minutes: float) -> None:
     """Set the collectives' timeout of every process group of this process, DeepSpeed's own included."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
-
-
-def waiting_limits() -> Sequence[timedelta]:
-    """The collectives' timeout of every process group of this process."""
-    groups: Any = dist.distributed_c10d._world.pg_map
-    return [group._get_backend(torch.device(_device(0).type)).options._timeout for group in groups]
 
 
 def _device(local_rank: int) -> torch.device:

@@ -17,6 +17,7 @@ from typing import Any
 
 START_TIMEOUT_SECONDS = 180.0
 COLLECTIVE_TIMEOUT_SECONDS = 60.0
+AFTER_FAILURE_SECONDS = 10.0
 LOG_TAIL_CHARACTERS = 2000
 
 
@@ -65,6 +66,10 @@ class WorkerPool:
             raise WorkerError("\n".join(failures))
         return [value for _, value in answers]
 
+    def output(self) -> str:
+        """What all workers have written to their standard streams."""
+        return "".join(worker.log_text() for worker in self._workers)
+
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
@@ -88,8 +93,10 @@ class WorkerPool:
                 except EOFError:
                     answers[rank] = (False, f"rank {rank} died{workers[rank].log_tail()}")
                     broken = True
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + AFTER_FAILURE_SECONDS)
         for rank in pending.values():
-            answers[rank] = (False, f"rank {rank} did not finish within {timeout:.0f} s{workers[rank].log_tail()}")
+            answers[rank] = (False, f"rank {rank} did not finish in time{workers[rank].log_tail()}")
         if broken:
             self.close()
         return [answers[rank] for rank in range(len(workers))]
@@ -114,8 +121,12 @@ class _Worker:
 
     def log_tail(self) -> str:
         """The end of what this worker wrote to its standard streams."""
-        text = self._log.read_text(errors="replace") if self._log.exists() else ""
+        text = self.log_text()
         return f"\n--- end of {self._log} ---\n{text[-LOG_TAIL_CHARACTERS:]}" if text else ""
+
+    def log_text(self) -> str:
+        """What this worker has written to its standard streams."""
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def kill(self) -> None:
         self._process.kill()
@@ -180,4 +191,18 @@ def _end_job() -> None:
 
     gc.collect()
     stop_ranks()
+    _reset_deepspeed_counters()
     torch.set_grad_enabled(True)
+
+
+def _reset_deepspeed_counters() -> None:
+    """DeepSpeed numbers modules and parameters per process; ranks with other jobs behind them would disagree."""
+    from deepspeed.runtime.zero.parameter_offload import (  # type: ignore[import-untyped]
+        FWD_MODULE_STACK,
+        DeepSpeedZeRoOffload,
+    )
+    from deepspeed.runtime.zero.partition_parameters import Init  # type: ignore[import-untyped]
+
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    FWD_MODULE_STACK.clear()
+    Init.param_id = 0

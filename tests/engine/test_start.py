@@ -1,0 +1,134 @@
+"""Starting a job: one process group with the right timeouts, and nothing compiled."""
+
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llamapro.config.engine import EngineConfig
+from llamapro.ranks import Ranks
+from tests.support.engine import Setup, start_engine, train_step
+from tests.support.models import save_tiny_llama
+from tests.support.pool import WorkerPool
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def timeouts() -> list[timedelta]:
+    """The timeout of every process group of this process."""
+    groups: Any = dist.distributed_c10d._world.pg_map
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def start_over(ranks: Ranks, port: int, extensions: str) -> dict[str, Any]:
+    """Start a job from environment variables, in a process whose extensions folder holds a stale lock."""
+    from deepspeed.ops.op_builder.builder import OpBuilder  # type: ignore[import-untyped]
+
+    from llamapro.engine.start import start_ranks, stop_ranks
+
+    stop_ranks()
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", str(port))
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks.world_size))
+        patch.setenv("TORCH_EXTENSIONS_DIR", extensions)
+        patch.setattr(OpBuilder, "load", lambda *_: pytest.fail("DeepSpeed compiles an op"))
+        patch.setattr("llamapro.console.info", told.append)
+        started = start_ranks(EngineConfig(startup_timeout_minutes=3.0), local_rank=ranks.rank)
+        total = started.sum_integers([started.rank + 1])
+        found: dict[str, Any] = {"ranks": (started.rank, started.world_size, str(started.device)), "total": total, "told": told}
+        found["timeouts"] = timeouts()
+        stop_ranks()
+    return {**found, "group": dist.is_initialized()}
+
+
+def test_ranks_meet_without_compiling_anything(pool: WorkerPool, tmp_path: Path) -> None:
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    results = pool.run(start_over, free_port(), str(tmp_path))
+    assert [result["ranks"] for result in results] == [(0, 2, "cpu"), (1, 2, "cpu")]
+    for result in results:
+        assert result["total"] == [3] and not result["group"]
+        assert set(result["timeouts"]) == {timedelta(minutes=3)}
+        (line,) = result["told"]
+        assert "2 ranks on this machine, CPU with 1 thread each, gloo" in line
+    assert [path.name for path in lock.parent.iterdir()] == ["lock"]
+
+
+def compiled_ops(ranks: Ranks) -> list[str]:
+    """What DeepSpeed would compile when left alone."""
+    import deepspeed  # type: ignore[import-untyped]
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    from llamapro.engine.start import stop_ranks
+
+    stop_ranks()
+    wanted: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(deepspeed.ops, "__compatible_ops__", raising=False)
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        patch.setenv("MASTER_PORT", "0")
+        patch.setattr(OpBuilder, "load", lambda builder, *_: wanted.append(builder.name))
+        deepspeed.init_distributed(dist_backend="gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    return wanted
+
+
+def test_left_alone_deepspeed_compiles(pool: WorkerPool) -> None:
+    """Why the op is switched off; when this fails, DeepSpeed has changed."""
+    assert pool.run(compiled_ops, world_size=1) == [["deepspeed_shm_comm"]]
+
+
+def timeouts_of_a_run(ranks: Ranks, setup: Setup) -> list[list[timedelta]]:
+    engine, _ = start_engine(ranks, setup)
+    found = [timeouts()]
+    train_step(engine, ranks, setup, 0)
+    return [*found, timeouts()]
+
+
+def test_every_group_waits_for_start_up_first_and_for_a_step_later(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, blocks=6)
+    for before, after in pool.run(timeouts_of_a_run, Setup(str(folder), 2)):
+        assert len(before) >= 2, "DeepSpeed's own group is missing"
+        assert set(before) == {timedelta(minutes=1)}
+        assert set(after) == {timedelta(minutes=12)}
+
+
+def linear_function(ranks: Ranks, setup: Setup) -> tuple[bool, bool]:
+    from llamapro.engine.start import stop_ranks
+
+    original = torch.nn.functional.linear
+    start_engine(ranks, setup)
+    replaced = torch.nn.functional.linear is not original
+    stop_ranks()
+    return replaced, torch.nn.functional.linear is original
+
+
+def test_stopping_takes_back_what_stage_3_replaced(pool: WorkerPool, tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path, blocks=6)
+    assert pool.run(linear_function, Setup(str(folder), 3), world_size=1) == [(True, True)]
+
+
+def output_of_a_run(ranks: Ranks, setup: Setup) -> None:
+    engine, _ = start_engine(ranks, setup)
+    train_step(engine, ranks, setup, 0)
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_says_nothing(tmp_path: Path, stage: int) -> None:
+    folder = save_tiny_llama(tmp_path, blocks=6, dtype=torch.bfloat16)
+    with WorkerPool() as own:
+        own.run(output_of_a_run, Setup(str(folder), stage, "bf16"), world_size=1)
+        assert own.output() == ""
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
