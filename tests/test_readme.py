@@ -11,6 +11,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 
 from llamapro.config.load import load_config
 from tests.support.hidden import hide_package
@@ -104,7 +105,7 @@ def tiny(text: str) -> str:
 
 def workplace(folder: Path) -> None:
     """A reader's folder: a base model, two texts, the configuration."""
-    save_tiny_llama(folder / "path" / "to" / "base")
+    save_tiny_llama(folder / "path" / "to" / "base", dtype=torch.bfloat16)
     for name, step in (("law", 1), ("general", 2)):
         documents = [{"text": f"{number * step}. {TRAINING_TEXT[number % 4]}"} for number in range(60)]
         (folder / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(document) + b"\n" for document in documents))
