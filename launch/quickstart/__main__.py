@@ -38,7 +38,8 @@ def quickstart(steps: int | None) -> int:
     outcome = gather(places, machine)
     show(outcome)
     publish(outcome, places, checkout() if steps is None else None)
-    console.result(f"\nfinished after {(time.monotonic() - start) / 60:.1f} minutes\n\n{next_commands(places)}")
+    minutes = (time.monotonic() - start) / 60
+    console.result(f"\nfinished after {minutes:.1f} minutes\n\n{where(places)}\n\n{next_commands(places)}")
     return 0
 
 
@@ -56,21 +57,33 @@ def checkout() -> Path | None:
     return LAUNCH.parent if (LAUNCH.parent / "README.md").is_file() else None
 
 
+def where(places: Places) -> str:
+    """What lies where, one thing a line."""
+    lines = ["where everything lies:"]
+    for what, place in (
+        ("the base model", places.base),
+        ("the expanded model, untrained", places.expanded),
+        ("the datasets", places.dataset("*")),
+        ("the run: log, checkpoints, report", places.run),
+        ("the measurements", places.evaluation),
+        ("the result, a plain model", places.export),
+    ):
+        lines.append(f"  {what:<34} {place}")
+    return "\n".join(lines)
+
+
 def next_commands(places: Places) -> str:
     """The four commands that a reader may want next."""
-    activate, longer = ". .venv/bin/activate", places.root / "longer"
-    return "\n".join(
-        [
-            "what next:",
-            f"  {activate}",
-            f"  talk to the result   python -m launch.quickstart.chat {places.export}",
-            "  your own text        llamapro data build --input your.jsonl --tokenizer "
-            f"{places.base} --output data/yours",
-            "  a longer run         deepspeed --num_gpus 2 launch/pretrain.py --config launch/recipes/quickstart.yaml "
-            f"--run.folder {longer} --schedule.steps 1000",
-            f"  the report           xdg-open {places.run / 'report.html'}",
-        ]
-    )
+    pretrain = "deepspeed --num_gpus 2 launch/pretrain.py --config launch/recipes/quickstart.yaml"
+    lines = ["what next, after `. .venv/bin/activate`:"]
+    for what, command in (
+        ("talk to the result", f"python -m launch.quickstart.chat {places.export}"),
+        ("your own text", f"llamapro data build --input your.jsonl --tokenizer {places.base} --output data/yours"),
+        ("a longer run", f"{pretrain} --run.folder {places.root / 'longer'} --schedule.steps 1000"),
+        ("the report", f"xdg-open {places.run / 'report.html'}"),
+    ):
+        lines.append(f"  {what:<18} {command}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

