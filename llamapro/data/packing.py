@@ -20,7 +20,7 @@ from llamapro.data.dataset import PACKS_FOLDER, Dataset, Split
 from llamapro.data.rows import RowPieces
 from llamapro.data.shard import Shard, SplitName
 from llamapro.errors import Corrupted, DataError
-from llamapro.files.atomic import staged_folder
+from llamapro.files.atomic import commit_folder, remove_tree, staging_path
 
 Policy = Literal["bestfit", "concat", "document"]
 PACK_KIND = "pack"
@@ -162,9 +162,7 @@ def ensure_pack(
     folder = _stored(dataset, name, fallback_folder)
     if folder is None:
         folder = _writable(dataset, fallback_folder) / name
-        with staged_folder(folder, overwrite=True) as staging:
-            for shard in chosen.shards:
-                _write_rows(staging, shard, sequence_length, policy)
+        _write_plan(folder, chosen, sequence_length, policy)
     return PackPlan(chosen, sequence_length, policy, [_open_rows(folder, s, sequence_length) for s in chosen.shards])
 
 
@@ -201,6 +199,21 @@ def _writable(dataset: Dataset, fallback_folder: Path | None) -> Path:
         raise DataError(f"{dataset.folder} can't be written to, so no pack plan can be stored in it; pack it as its "
                         "owner with `llamapro data pack`")  # fmt: skip
     return fallback_folder
+
+
+def _write_plan(folder: Path, split: Split, sequence_length: int, policy: Literal["bestfit", "document"]) -> None:
+    """Write the plan's folder. Runs that start together may each make it: the first to finish puts it in place."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = staging_path(folder)
+    staging.mkdir()
+    try:
+        for shard in split.shards:
+            _write_rows(staging, shard, sequence_length, policy)
+        if not folder.exists():
+            commit_folder(staging, folder)
+    finally:
+        if staging.exists():
+            remove_tree(staging)
 
 
 def _write_rows(folder: Path, shard: Shard, sequence_length: int, policy: Literal["bestfit", "document"]) -> None:

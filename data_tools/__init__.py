@@ -1,0 +1,1 @@
+"""Corpus in, dataset out: readers, tokenizer libraries, and the build that seals shards."""

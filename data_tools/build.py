@@ -1,0 +1,141 @@
+"""Build a dataset: plan, tokenize units, seal shards, write the manifest. Every step can be killed and continues.
+
+The output's bytes depend on the inputs, the options and the tokenizer only: not on the number of workers, the order in
+which they finish, or how often the build was interrupted.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from data_tools.encode import encode_unit
+from data_tools.inputs import find_inputs, plan_units
+from data_tools.parity import choose_library
+from data_tools.plan import BUILD_FORMAT, SHARD_TEXT_BYTES, BuildPlan, ContentOptions
+from data_tools.pool import WorkerPool, worker_pool
+from data_tools.readers import Document, read_unit
+from data_tools.rejects import require_few_rejects
+from data_tools.request import BuildRequest
+from data_tools.sealing import seal_dataset
+from data_tools.tokenizer import locate_tokenizer, read_tokenizer, special_texts, tokenizer_file
+from data_tools.work import WORK_FOLDER, UnitEntry, Work
+from llamapro import console
+from llamapro.data.manifest import DatasetManifest, read_dataset_manifest
+from llamapro.errors import UserError
+from llamapro.files.atomic import remove_tree
+from llamapro.files.disk import require_free_space
+from llamapro.files.lock import RunLock
+from llamapro.files.manifest import MANIFEST_NAME
+
+SAMPLED_DOCUMENTS = 2000
+SAMPLED_BYTES = 4 << 20
+_SAMPLED_UNITS = 20
+# Stored ids while both the work and the shards exist: at most 4 bytes for about 3 bytes of text, twice.
+_SPACE_PER_TEXT_BYTE = 3
+
+
+def build_dataset(request: BuildRequest) -> DatasetManifest:
+    """Build the dataset, continue a build that was interrupted, or find it already built.
+
+    Raises:
+        DataError: inputs, tokenizer or rows that can't be used; an unfinished or finished build of something else.
+        RetryLater: a worker was killed; the same command continues.
+    """
+    plan = make_plan(request)
+    work = Work(request.output / WORK_FOLDER)
+    if (request.output / MANIFEST_NAME).exists():
+        return _already_built(request.output, plan)
+    _prepare_output(request.output)
+    require_free_space(request.output, sum(f.text_bytes for f in plan.files) * _SPACE_PER_TEXT_BYTE, "the dataset")
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(work.folder):
+        work.adopt(plan)
+        folder = plan.tokenizer_folder
+        library = choose_library(tokenizer_file(folder), _sampled_texts(plan), special_texts(folder))
+        with worker_pool(request.workers) as pool:
+            entries = _encode_all(work, plan, library, pool)
+            require_few_rejects(plan, entries, request.max_reject_fraction)
+            manifest = seal_dataset(request, plan, work, entries, library, pool)
+    remove_tree(work.folder)
+    return manifest
+
+
+def make_plan(request: BuildRequest) -> BuildPlan:
+    """Decide everything about a build before it starts."""
+    folder = locate_tokenizer(request.tokenizer)
+    tokenizer = read_tokenizer(folder)
+    options = ContentOptions(text_field=request.text_field, split=request.split, heldout=request.heldout)
+    files = find_inputs(request.inputs, request.text_field)
+    shards = max(1, -(-sum(file.text_bytes for file in files) // SHARD_TEXT_BYTES))
+    return BuildPlan(
+        build_format=BUILD_FORMAT,
+        files=files,
+        units=plan_units(files, options),
+        options=options,
+        tokenizer=tokenizer,
+        tokenizer_folder=folder,
+        shards={"train": shards, "heldout": math.ceil(shards * options.heldout)},
+    )
+
+
+def _already_built(output: Path, plan: BuildPlan) -> DatasetManifest:
+    manifest = read_dataset_manifest(output)
+    if manifest.plan != plan.digest():
+        raise UserError(
+            f"{output} already holds a finished dataset that was built from other inputs, options or tokenizer; choose "
+            "another --output, or delete it"
+        )
+    work = Work(output / WORK_FOLDER)
+    if work.folder.exists():
+        remove_tree(work.folder)
+    console.info(f"{output} is already built; nothing to do")
+    return manifest
+
+
+def _prepare_output(output: Path) -> None:
+    """An output folder is new, empty, or holds an unfinished build."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; choose a folder")
+    if output.is_dir() and any(output.iterdir()) and not (output / WORK_FOLDER).is_dir():
+        raise UserError(f"--output {output} is not empty and holds no dataset; choose another folder")
+
+
+def _sampled_texts(plan: BuildPlan) -> list[str]:
+    """Documents from units spread over the inputs.
+
+    Raises:
+        DataError: there are only rows that can't be used.
+    """
+    step = max(1, len(plan.units) // _SAMPLED_UNITS)
+    texts: list[str] = []
+    for unit in plan.units[::step]:
+        items = read_unit(unit, plan.files[unit.file], plan.options)
+        documents = (item.text for item in items if isinstance(item, Document))
+        texts.extend(_limited(documents, SAMPLED_DOCUMENTS // _SAMPLED_UNITS, SAMPLED_BYTES // _SAMPLED_UNITS))
+    return texts
+
+
+def _limited(texts: Iterator[str], count: int, characters: int) -> Iterator[str]:
+    for text in islice(texts, count):
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _encode_all(work: Work, plan: BuildPlan, library: str, pool: WorkerPool) -> Sequence[UnitEntry]:
+    entries = {unit.index: work.entry(unit.index) for unit in plan.units}
+    missing = [unit for unit in plan.units if entries[unit.index] is None]
+    if len(missing) < len(plan.units):
+        console.info(f"continuing: {len(plan.units) - len(missing):,} of {len(plan.units):,} units are done")
+    total = sum(unit.text_bytes for unit in missing)
+    with console.progress("tokenizing", total, unit="bytes") as advance:
+
+        def done(entry: UnitEntry) -> None:
+            entries[entry.unit] = entry
+            advance(plan.units[entry.unit].text_bytes)
+
+        pool.run_all([partial(encode_unit, work.folder, library, unit.index) for unit in missing], done)
+    return [entry for entry in entries.values() if entry is not None]

@@ -1,0 +1,205 @@
+"""One work unit: read, tokenize, sort by shard, commit."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.encoders import Encoder, open_encoder
+from data_tools.plan import BuildPlan
+from data_tools.readers import Blank, Document, Reject, read_unit
+from data_tools.work import ENTRY_NAME, RejectExample, UnitEntry, Work, part_name
+from llamapro.data.arrays import AnyArray, IntArray
+from llamapro.data.container import write_container
+from llamapro.data.permutation import mix
+from llamapro.data.splits import document_hash, is_heldout
+from llamapro.errors import DataError
+from llamapro.files.atomic import staged_folder
+
+PART_KIND = "part"
+BATCH_TEXT_BYTES = 4 << 20
+PART_TEXT_BYTES = 64 << 20
+MAX_EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Documents with their ids; arrays by document but for `tokens`, `lengths` in tokens."""
+
+    tokens: AnyArray
+    lengths: IntArray
+    text_bytes: IntArray
+    hashes: NDArray[np.uint64]
+    rows: IntArray
+
+
+@dataclass
+class _Tally:
+    """What happened to a unit's rows so far."""
+
+    rows: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    examples: list[RejectExample] = field(default_factory=list)
+
+    def reject(self, row: int, reason: str) -> None:
+        self.rejects[reason] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(RejectExample(row=row, reason=reason))
+
+
+def encode_unit(work_folder: Path, library: str, unit: int) -> UnitEntry:
+    """Tokenize one unit and commit it; an unfinished attempt leaves nothing behind that counts.
+
+    Raises:
+        DataError: the input is damaged.
+    """
+    work, plan, encoder = _context(work_folder, library)
+    tally = _Tally()
+    parts, documents, tokens, text_bytes = [], 0, 0, 0
+    with staged_folder(work.unit_folder(unit), overwrite=True) as staging:
+        for number, batches in enumerate(_parts(_batches(plan, encoder, unit, tally))):
+            path = staging / part_name(number)
+            _write_part(path, plan, unit, batches)
+            parts.append(path.stat().st_size)
+            documents += sum(batch.lengths.size for batch in batches)
+            tokens += sum(batch.tokens.size for batch in batches)
+            text_bytes += sum(int(batch.text_bytes.sum()) for batch in batches)
+        entry = UnitEntry(
+            unit=unit,
+            rows=tally.rows,
+            documents=documents,
+            tokens=tokens,
+            text_bytes=text_bytes,
+            rejects=dict(sorted(tally.rejects.items())),
+            examples=tuple(tally.examples),
+            parts=tuple(parts),
+        )
+        (staging / ENTRY_NAME).write_text(entry.model_dump_json())
+    return entry
+
+
+@lru_cache(maxsize=1)
+def _context(work_folder: Path, library: str) -> tuple[Work, BuildPlan, Encoder]:
+    """Loaded once per process: opening a tokenizer can take a second."""
+    work = Work(work_folder)
+    plan = work.plan()
+    return work, plan, open_encoder(plan.tokenizer_folder / plan.tokenizer.file, library)
+
+
+def _batches(plan: BuildPlan, encoder: Encoder, unit: int, tally: _Tally) -> Iterator[EncodedBatch]:
+    """The unit's documents, encoded about 4 MiB of text at a time."""
+    chosen = plan.units[unit]
+    waiting: list[Document] = []
+    size = 0
+    for item in read_unit(chosen, plan.files[chosen.file], plan.options):
+        tally.rows = item.row + 1
+        if isinstance(item, Reject):
+            tally.reject(item.row, item.reason)
+        if isinstance(item, Reject | Blank):
+            continue
+        waiting.append(item)
+        size += len(item.utf8)
+        if size >= BATCH_TEXT_BYTES:
+            yield _encode(plan, encoder, waiting, tally)
+            waiting, size = [], 0
+    if waiting:
+        yield _encode(plan, encoder, waiting, tally)
+
+
+def _encode(plan: BuildPlan, encoder: Encoder, documents: Sequence[Document], tally: _Tally) -> EncodedBatch:
+    ids, offsets = encoder.encode([document.text for document in documents])
+    lengths = np.diff(offsets)
+    for index in np.flatnonzero(lengths == 0).tolist():
+        tally.reject(documents[index].row, "no tokens")
+    kept = np.flatnonzero(lengths > 0)
+    facts = plan.tokenizer
+    if ids.size and int(ids.max()) >= facts.vocab_size:
+        raise DataError(f"the tokenizer gave id {int(ids.max())}, beyond its vocabulary of {facts.vocab_size}")
+    bos = facts.bos_id if facts.bos_inserted else None
+    tokens, whole_lengths = frame_documents(ids, lengths[kept], bos, facts.eos_id)
+    chosen = [documents[index] for index in kept.tolist()]
+    return EncodedBatch(
+        tokens=tokens.astype(facts.token_dtype),
+        lengths=whole_lengths,
+        text_bytes=np.array([len(document.utf8) for document in chosen], dtype=np.int64),
+        hashes=np.array([document_hash(document.utf8) for document in chosen], dtype=np.uint64),
+        rows=np.array([document.row for document in chosen], dtype=np.int64),
+    )
+
+
+def frame_documents(
+    ids: NDArray[np.uint32], lengths: IntArray, bos: int | None, eos: int
+) -> tuple[NDArray[np.uint32], IntArray]:
+    """Put BOS before each document, where there is one, and EOS after it.
+
+    Args:
+        ids: of all documents, one after another; lengths: (documents,).
+
+    Returns:
+        The new ids, and (documents,) the new lengths.
+    """
+    before = 0 if bos is None else 1
+    framed = lengths + before + 1
+    ends = np.cumsum(framed)
+    tokens = np.empty(int(framed.sum()), dtype=np.uint32)
+    shift = np.arange(lengths.size) * (before + 1) + before
+    tokens[np.arange(ids.size) + np.repeat(shift, lengths)] = ids
+    tokens[ends - 1] = eos
+    if bos is not None:
+        tokens[ends - framed] = bos
+    return tokens, framed
+
+
+def _parts(batches: Iterator[EncodedBatch]) -> Iterator[list[EncodedBatch]]:
+    """Batches grouped to about 64 MiB of text, so that memory does not grow with the input file."""
+    group: list[EncodedBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += int(batch.text_bytes.sum())
+        if size >= PART_TEXT_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_part(path: Path, plan: BuildPlan, unit: int, batches: Sequence[EncodedBatch]) -> None:
+    """Write documents sorted by shard, so that sealing a shard reads one range of every part."""
+    columns = {
+        name: np.concatenate([getattr(batch, name) for batch in batches])
+        for name in ("lengths", "text_bytes", "hashes", "rows")
+    }
+    tokens = np.concatenate([batch.tokens for batch in batches])
+    buckets = _buckets(plan, unit, columns["hashes"], columns["rows"])
+    order = np.argsort(buckets, kind="stable")
+    begins = np.cumsum(columns["lengths"]) - columns["lengths"]
+    lengths = columns["lengths"][order]
+    sections: dict[str, AnyArray] = {
+        "tokens": gather(tokens, begins[order], lengths),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype("<u8"),
+        "text_bytes": columns["text_bytes"][order].astype("<u4"),
+        "hashes": columns["hashes"][order].astype("<u8"),
+        "rows": columns["rows"][order].astype("<u8"),
+        "buckets": buckets[order].astype("<u4"),
+    }
+    write_container(path, PART_KIND, {"unit": unit}, sections)
+
+
+def gather(tokens: AnyArray, begins: IntArray, lengths: IntArray) -> AnyArray:
+    """Ranges of `tokens`, one after another."""
+    ranges = zip(begins.tolist(), lengths.tolist(), strict=True)
+    pieces = [tokens[begin : begin + length] for begin, length in ranges]
+    return np.concatenate(pieces) if pieces else tokens[:0]
+
+
+def _buckets(plan: BuildPlan, unit: int, hashes: NDArray[np.uint64], rows: IntArray) -> IntArray:
+    """The shard of each document, held-out shards counted after those for training."""
+    place = mix(mix(rows.astype(np.uint64)) + np.uint64(unit))
+    train = (place % np.uint64(max(1, plan.shards["train"]))).astype(np.int64)
+    heldout = (place % np.uint64(max(1, plan.shards["heldout"]))).astype(np.int64) + plan.shards["train"]
+    return np.where(is_heldout(hashes, plan.options.heldout), heldout, train)

@@ -1,0 +1,136 @@
+"""Tokenizer libraries behind one call: texts in, one flat array of ids out. Text is only ever text.
+
+Strings that look like special tokens are encoded as ordinary text by all of them.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamapro.data.arrays import IntArray
+from llamapro.errors import DataError
+
+Encoded = tuple[NDArray[np.uint32], IntArray]
+"""(tokens,) the ids of all texts, one after another, and (texts + 1,) where each begins."""
+
+
+class Encoder(Protocol):
+    """One tokenizer library with one tokenizer."""
+
+    library: str
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts, without tokens added before or after."""
+
+
+class FastokensEncoder:
+    """The fastokens library, which reads tokenizer.json."""
+
+    library = "fastokens"
+
+    def __init__(self, path: Path) -> None:
+        import fastokens  # type: ignore[import-untyped]
+
+        self._tokenizer = fastokens.Tokenizer.from_file(str(path))
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts, without tokens added before or after."""
+        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64).astype(np.int64)
+
+
+class TokenizersEncoder:
+    """The tokenizers library: the reference for tokenizer.json."""
+
+    library = "tokenizers"
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = tokenizers_tokenizer(path)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts, without tokens added before or after."""
+        return _flat([item.ids for item in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)])
+
+
+class SentencePieceEncoder:
+    """The sentencepiece library: the reference for tokenizer.model."""
+
+    library = "sentencepiece"
+
+    def __init__(self, path: Path) -> None:
+        self._processor = sentencepiece_processor(path)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts, without tokens added before or after."""
+        return _flat(self._processor.encode(list(texts), num_threads=1))
+
+
+# The fastest first; the last of each file kind is its reference.
+ENCODERS: dict[str, tuple[type[Encoder], ...]] = {
+    "tokenizer.json": (FastokensEncoder, TokenizersEncoder),
+    "tokenizer.model": (SentencePieceEncoder,),
+}
+
+
+def open_encoder(path: Path, library: str) -> Encoder:
+    """The encoder of a tokenizer file with the named library.
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: it can't read this tokenizer.
+    """
+    kinds = {kind.library: kind for kind in ENCODERS[path.name]}
+    make: Any = kinds[library]
+    encoder: Encoder = make(path)
+    return encoder
+
+
+def library_version(library: str) -> str:
+    """A library's name and version."""
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return f"{library} (version unknown)"
+
+
+def tokenizers_tokenizer(path: Path) -> Any:
+    """A tokenizer.json, opened so that special tokens in text stay text and nothing is cut or padded.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path} can't be read as a tokenizer: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def sentencepiece_processor(path: Path) -> Any:
+    """A tokenizer.model, opened.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{path} can't be read as a sentencepiece model: {error}") from error
+
+
+def _flat(ids: Sequence[Sequence[int]]) -> Encoded:
+    lengths = np.fromiter((len(part) for part in ids), dtype=np.int64, count=len(ids))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.fromiter((value for part in ids for value in part), dtype=np.uint32, count=int(offsets[-1]))
+    return flat, offsets

@@ -1,0 +1,70 @@
+"""Text columns of parquet files, read by row group."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llamapro.errors import DataError
+
+_BATCH_ROWS = 1024
+
+
+def text_bytes_of(path: Path, text_field: str) -> int:
+    """Uncompressed bytes of the text column.
+
+    Raises:
+        DataError: the file can't be read, or has no such text column.
+    """
+    return sum(size for _, size in _row_groups(path, text_field))
+
+
+def row_group_ranges(path: Path, text_field: str, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Ranges of row groups with about `target_bytes` of text: first and last + 1, first row, bytes of text."""
+    start, first_row, rows, size = 0, 0, 0, 0
+    groups = _row_groups(path, text_field)
+    for index, (group_rows, group_bytes) in enumerate(groups):
+        rows, size = rows + group_rows, size + group_bytes
+        if size >= target_bytes or index == len(groups) - 1:
+            yield start, index + 1, first_row, size
+            start, first_row, rows, size = index + 1, first_row + rows, 0, 0
+
+
+def column_values(path: Path, text_field: str, start: int, stop: int) -> Iterator[bytes | None]:
+    """The UTF-8 bytes of each row's text in row groups [start, stop); None where there is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    import pyarrow  # type: ignore[import-untyped]
+
+    try:
+        groups = list(range(start, stop))
+        for batch in _open(path, text_field).iter_batches(_BATCH_ROWS, row_groups=groups, columns=[text_field]):
+            yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}; replace it or leave it out") from error
+
+
+def _row_groups(path: Path, text_field: str) -> list[tuple[int, int]]:
+    """Rows, and bytes of the text column, of each row group."""
+    metadata = _open(path, text_field).metadata
+    column = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(text_field)
+    groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+    return [(group.num_rows, group.column(column).total_uncompressed_size) for group in groups]
+
+
+def _open(path: Path, text_field: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}; replace it or leave it out") from error
+    names = file.schema_arrow.names
+    if text_field not in names:
+        raise DataError(f"{path} has no column {text_field!r}; it has {', '.join(names)}: pass one as --text-field")
+    kind = file.schema_arrow.field(text_field).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise DataError(f"{path}: column {text_field!r} holds {kind}, not text; pass another as --text-field")
+    return file

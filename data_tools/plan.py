@@ -1,0 +1,152 @@
+"""What a build does, decided before it starts: input files, work units, tokenizer and options.
+
+The plan decides every byte of the dataset. It is stored with the work in progress; a build continues only under an
+equal plan, so that inputs or options that changed in between can't be mixed.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import orjson
+import xxhash
+from pydantic import BaseModel, ConfigDict
+
+from llamapro.data.shard import SplitName, TokenizationFacts
+
+UNIT_BYTES = 64 << 20
+SHARD_TEXT_BYTES = 1 << 30
+BUILD_FORMAT = 1
+
+TextSplit = Literal["file", "paragraph", "line"]
+FileFormat = Literal["jsonl", "text", "parquet"]
+Compression = Literal["", "gz", "zst"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class InputFile(_Frozen):
+    """One input.
+
+    Attributes:
+        name: relative to the inputs' common folder; what datasets and messages call it.
+        digest: XXH3-128 of its first and last 64 KiB.
+        modified_ns: modification time: a changed file is noticed while a build is unfinished.
+        text_bytes: estimate of the uncompressed size.
+    """
+
+    path: Path
+    name: str
+    size: int
+    digest: str
+    modified_ns: int
+    format: FileFormat
+    compression: Compression
+    text_bytes: int
+
+
+class WorkUnit(_Frozen):
+    """A part of one input, tokenized and committed as a whole.
+
+    Attributes:
+        file: number of the input.
+        start: first byte, or first row group of a parquet file; stop: the end, None: of the file.
+        first_row: row of the file that the unit begins with, where it is known beforehand.
+        text_bytes: estimate of its text, for progress.
+    """
+
+    index: int
+    file: int
+    start: int
+    stop: int | None
+    first_row: int | None
+    text_bytes: int
+
+
+class ContentOptions(_Frozen):
+    """The options that decide what is in the dataset.
+
+    Attributes:
+        text_field: of a JSON object or a parquet row.
+        split: what one document of a plain text file is.
+        heldout: share of documents that are held out.
+    """
+
+    text_field: str
+    split: TextSplit
+    heldout: float
+
+
+class TokenizerFacts(TokenizationFacts):
+    """The tokenizer: `file` is its name ("tokenizer.json" or "tokenizer.model"), `sha256` of its bytes."""
+
+    file: str
+    sha256: str
+
+
+class BuildPlan(_Frozen):
+    """Everything that decides the dataset's bytes.
+
+    Attributes:
+        shards: number of shards of each split.
+        tokenizer_folder: local folder that the tokenizer is read from.
+    """
+
+    build_format: int
+    files: tuple[InputFile, ...]
+    units: tuple[WorkUnit, ...]
+    options: ContentOptions
+    tokenizer: TokenizerFacts
+    tokenizer_folder: Path
+    shards: dict[SplitName, int]
+
+    def digest(self) -> str:
+        """Hash of what decides the contents, wherever the files lie: 32 hexadecimal digits."""
+        facts = {
+            "build_format": self.build_format,
+            "files": [(file.name, file.size, file.digest) for file in self.files],
+            "units": [unit.model_dump() for unit in self.units],
+            "options": self.options.model_dump(),
+            "tokenizer": self.tokenizer.tokenizer_identity,
+            "bos_inserted": self.tokenizer.bos_inserted,
+            "eos_id": self.tokenizer.eos_id,
+            "shards": self.shards,
+        }
+        return xxhash.xxh3_128_hexdigest(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS))
+
+    def differences(self, other: "BuildPlan") -> list[str]:
+        """What is different in `other`, one sentence each; empty when a build may continue."""
+        return [
+            *_file_differences(self.files, other.files),
+            *_option_differences(self.options, other.options),
+            *_tokenizer_differences(self.tokenizer, other.tokenizer),
+            *(["the program's build format changed"] if self.build_format != other.build_format else []),
+        ]
+
+    def bucket(self, split: SplitName, shard: int) -> int:
+        """The number of a shard among those of both splits."""
+        return shard if split == "train" else self.shards["train"] + shard
+
+
+def _file_differences(before: tuple[InputFile, ...], now: tuple[InputFile, ...]) -> list[str]:
+    old, new = ({file.name: file for file in files} for files in (before, now))
+    lines = [f"input {name} is gone" for name in sorted(old.keys() - new.keys())]
+    lines += [f"input {name} is new" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(old.keys() & new.keys()):
+        if (old[name].size, old[name].digest) != (new[name].size, new[name].digest):
+            lines.append(f"input {name} changed (it had {old[name].size:,} bytes and has {new[name].size:,})")
+        elif old[name].modified_ns != new[name].modified_ns:
+            lines.append(f"input {name} was modified")
+    return lines
+
+
+def _option_differences(before: ContentOptions, now: ContentOptions) -> list[str]:
+    old, new = before.model_dump(), now.model_dump()
+    flags = {name: f"--{name.replace('_', '-')}" for name in old}
+    return [f"{flags[name]} was {old[name]} and is {new[name]}" for name in old if old[name] != new[name]]
+
+
+def _tokenizer_differences(before: TokenizerFacts, now: TokenizerFacts) -> list[str]:
+    fields = {"tokenizer_identity": "the tokenizer", "bos_inserted": "whether it adds BOS", "eos_id": "its EOS id"}
+    return [f"{label} changed" for name, label in fields.items() if getattr(before, name) != getattr(now, name)]

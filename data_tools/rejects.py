@@ -1,0 +1,60 @@
+"""Rows that were left out: counted by reason, listed with file and line, too many of them an error."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import orjson
+
+from data_tools.plan import BuildPlan
+from data_tools.seal import RowCounter
+from data_tools.work import UnitEntry
+from llamapro.errors import DataError
+
+_SHOWN = 5
+
+
+def reject_counts(entries: Sequence[UnitEntry]) -> dict[str, int]:
+    """Rows left out by reason, the most frequent first."""
+    total: Counter[str] = Counter()
+    for entry in entries:
+        total.update(entry.rejects)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def reject_lines(plan: BuildPlan, entries: Sequence[UnitEntry]) -> Iterator[tuple[str, int, str]]:
+    """File name, line (or row) from 1 and reason of rows left out: all of them, or the first of each unit."""
+    counter = RowCounter(plan)
+    for entry in entries:
+        first_row = counter.first_row(entry.unit, entry.rows)
+        name = plan.files[plan.units[entry.unit].file].name
+        for example in entry.examples:
+            yield name, first_row + example.row + 1, example.reason
+
+
+def require_few_rejects(plan: BuildPlan, entries: Sequence[UnitEntry], allowed: float) -> None:
+    """Stop a build that leaves out too much, or everything.
+
+    Raises:
+        DataError: with the reasons and the first rows.
+    """
+    counts = reject_counts(entries)
+    rejected, kept = sum(counts.values()), sum(entry.documents for entry in entries)
+    if kept and rejected <= allowed * (rejected + kept):
+        return
+    if not kept and not rejected:
+        raise DataError("the inputs hold no documents at all")
+    reasons = "; ".join(f"{count:,} × {reason}" for reason, count in counts.items())
+    lines = [f"  {name}:{line}: {reason}" for name, line, reason in reject_lines(plan, entries)]
+    raise DataError(
+        f"{rejected:,} of {rejected + kept:,} rows can't be used, more than --max-reject-fraction {allowed:g}: "
+        f"{reasons}\n" + "\n".join(lines[:_SHOWN]) + "\ncorrect the inputs, name the right --text-field, or raise "
+        "--max-reject-fraction (what is tokenized already is kept)"
+    )
+
+
+def rejects_file(plan: BuildPlan, entries: Sequence[UnitEntry]) -> bytes:
+    """The listed rows as JSON lines."""
+    lines = reject_lines(plan, entries)
+    return b"".join(
+        orjson.dumps({"file": name, "line": line, "reason": reason}) + b"\n" for name, line, reason in lines
+    )

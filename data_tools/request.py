@@ -1,0 +1,40 @@
+"""What a user asks a build for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.plan import TextSplit
+from llamapro.errors import UserError
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """The command line of a build.
+
+    Attributes:
+        inputs: files, folders and globs.
+        tokenizer: model folder or hub id.
+        text_field: of a JSON object or a parquet row that holds the text.
+        split: what one document of a plain text file is.
+        heldout: share of documents held out.
+        license: of the text; empty: not stated.
+        max_reject_fraction: share of rows that may be left out before the build fails.
+        workers: processes.
+    """
+
+    inputs: tuple[str, ...]
+    tokenizer: str
+    output: Path
+    text_field: str
+    split: TextSplit
+    heldout: float
+    license: str
+    max_reject_fraction: float
+    workers: int
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--heldout", self.heldout), ("--max-reject-fraction", self.max_reject_fraction)):
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"{flag} {value}: give a share from 0 to 1")
+        if self.workers < 1:
+            raise UserError(f"--workers {self.workers}: give at least 1")

@@ -1,0 +1,108 @@
+"""The end of a build: shards, tokenizer and rejects put in place, then the manifest, which makes it a dataset."""
+
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import llamapro
+from data_tools.encoders import library_version
+from data_tools.plan import BuildPlan
+from data_tools.pool import WorkerPool
+from data_tools.rejects import reject_counts, rejects_file
+from data_tools.request import BuildRequest
+from data_tools.seal import SealedShard, seal_shard
+from data_tools.tokenizer import tokenizer_files
+from data_tools.work import UnitEntry, Work
+from llamapro import console
+from llamapro.data.dataset import SHARDS_FOLDER, TOKENIZER_FOLDER
+from llamapro.data.manifest import (
+    DIGEST_ALGORITHM,
+    DatasetManifest,
+    SourceFile,
+    SplitEntry,
+    fingerprint_of,
+    write_dataset_manifest,
+)
+from llamapro.data.shard import SplitName, TokenizationFacts
+from llamapro.files.atomic import staged_folder, write_atomic
+from llamapro.files.manifest import FileEntry, describe_files
+
+REJECTS_NAME = "rejects.jsonl"
+SPLITS: tuple[SplitName, ...] = ("train", "heldout")
+
+
+def seal_dataset(
+    request: BuildRequest, plan: BuildPlan, work: Work, entries: Sequence[UnitEntry], library: str, pool: WorkerPool
+) -> DatasetManifest:
+    """Write the shards and everything else of the dataset; it exists when this returns."""
+    output = request.output
+    with staged_folder(output / SHARDS_FOLDER, overwrite=True) as staging:
+        sealed = _seal_shards(plan, work, staging, pool)
+    with staged_folder(output / TOKENIZER_FOLDER, overwrite=True) as staging:
+        for path in tokenizer_files(plan.tokenizer_folder):
+            shutil.copyfile(path, staging / path.name)
+    write_atomic(output / REJECTS_NAME, rejects_file(plan, entries))
+    splits = {name: _split_entry([part for part in sealed if part.split == name]) for name in SPLITS}
+    manifest = DatasetManifest(
+        **{name: getattr(plan.tokenizer, name) for name in TokenizationFacts.model_fields},
+        name=output.resolve().name,
+        fingerprint=fingerprint_of(splits),
+        license=request.license,
+        heldout_fraction=plan.options.heldout,
+        tokenizer_sha256=plan.tokenizer.sha256,
+        encoder=library_version(library),
+        options={"text_field": plan.options.text_field, "split": plan.options.split},
+        source_files=tuple(SourceFile(name=f.name, size=f.size, digest=f.digest) for f in plan.files),
+        rejects=reject_counts(entries),
+        splits=splits,
+        plan=plan.digest(),
+        tool_version=llamapro.__version__,
+    )
+    write_dataset_manifest(output, manifest, _files(output))
+    return manifest
+
+
+def _seal_shards(plan: BuildPlan, work: Work, staging: Path, pool: WorkerPool) -> list[SealedShard]:
+    calls = [
+        partial(seal_shard, work.folder, staging, split, shard)
+        for split in SPLITS
+        for shard in range(plan.shards[split])
+    ]
+    sealed: list[SealedShard] = []
+    with console.progress("sealing", len(calls), unit="shards") as advance:
+
+        def done(part: SealedShard) -> None:
+            sealed.append(part)
+            advance(1)
+
+        pool.run_all(calls, done)
+    return sorted(sealed, key=lambda part: part.entry.file)
+
+
+def _split_entry(parts: Sequence[SealedShard]) -> SplitEntry:
+    width = max((len(part.length_histogram) for part in parts), default=0)
+    counts = np.zeros(width, dtype=np.int64)
+    for part in parts:
+        counts[: len(part.length_histogram)] += part.length_histogram
+    shards = tuple(
+        part.entry.model_copy(update={"file": f"{SHARDS_FOLDER}/{part.entry.file}"})
+        for part in parts
+    )  # fmt: skip
+    return SplitEntry(
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        text_bytes=sum(shard.text_bytes for shard in shards),
+        length_histogram=tuple(counts.tolist()),
+        shards=shards,
+    )
+
+
+def _files(output: Path) -> dict[str, FileEntry]:
+    files: dict[str, FileEntry] = {}
+    for folder in (SHARDS_FOLDER, TOKENIZER_FOLDER):
+        found = describe_files(output / folder, DIGEST_ALGORITHM)
+        files |= {f"{folder}/{name}": entry for name, entry in found.items()}
+    return files

@@ -1,0 +1,166 @@
+"""A model's tokenizer as its folder states it, read without transformers: ids of BOS, EOS and padding, added tokens."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_tools.encoders import sentencepiece_processor, tokenizers_tokenizer
+from data_tools.plan import TokenizerFacts
+from llamapro.data.shard import token_dtype
+from llamapro.data.tokenizer_identity import tokenizer_identity
+from llamapro.errors import DataError
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What the tokenizer's file says: id by text of special and other added tokens, of all tokens, and the identity."""
+
+    added: dict[str, int]
+    ids: dict[str, int]
+    identity: str
+    prefix: tuple[int, ...]
+
+
+def locate_tokenizer(model: str) -> Path:
+    """The local folder with the tokenizer of a model folder or hub id.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_file() and path.name in (TOKENIZER_JSON, TOKENIZER_MODEL):
+        return path.parent.resolve()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise DataError(f"--tokenizer {model}: there is no such folder, and it is no hub id (OWNER/NAME)")
+    return _download(model)
+
+
+def read_tokenizer(folder: Path) -> TokenizerFacts:
+    """What a dataset states about the tokenizer in a folder.
+
+    Raises:
+        DataError: there is no tokenizer, it can't be read, or it has no end-of-document token.
+    """
+    path = tokenizer_file(folder)
+    settings = _settings(folder)
+    vocabulary = _json_vocabulary(path) if path.name == TOKENIZER_JSON else _sentencepiece_vocabulary(path, folder)
+    eos = _special_id("eos_token", settings, vocabulary)
+    if eos is None:
+        raise DataError(f"{folder}: no eos_token is stated in {', '.join(CONFIG_FILES)}, so nothing ends a document; "
+                        "add \"eos_token\" to tokenizer_config.json")  # fmt: skip
+    bos = _special_id("bos_token", settings, vocabulary)
+    pad = _special_id("pad_token", settings, vocabulary)
+    size = max(vocabulary.ids.values()) + 1
+    return TokenizerFacts(
+        tokenizer_identity=vocabulary.identity,
+        vocab_size=size,
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=eos if pad is None else pad,
+        bos_inserted=bos is not None and _adds_bos(settings, vocabulary, bos),
+        eos_inserted=True,
+        token_dtype=token_dtype(size),
+        file=path.name,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The file that the tokenizer is read from: tokenizer.json, else tokenizer.model."""
+    for name in (TOKENIZER_JSON, TOKENIZER_MODEL):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder} has neither {TOKENIZER_JSON} nor {TOKENIZER_MODEL}; pass the model's folder as --tokenizer"
+    )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that make up its tokenizer, as a dataset keeps them: they decode what it holds."""
+    names = (tokenizer_file(folder).name, *CONFIG_FILES[:-1])
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def special_texts(folder: Path) -> list[str]:
+    """The texts of the added tokens, which as part of a document are only text."""
+    path = tokenizer_file(folder)
+    return sorted(
+        (_json_vocabulary(path) if path.name == TOKENIZER_JSON else _sentencepiece_vocabulary(path, folder)).added
+    )
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [TOKENIZER_JSON, TOKENIZER_MODEL, *CONFIG_FILES]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted)).resolve()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(f"--tokenizer {model}: there is no such folder, and it can't be fetched from the hub: "
+                        f"{error}") from error  # fmt: skip
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The small files beside the tokenizer as one mapping; those named first in CONFIG_FILES win."""
+    merged: dict[str, Any] = {}
+    for name in reversed(CONFIG_FILES):
+        path = folder / name
+        if not path.is_file() or name == "added_tokens.json":
+            continue
+        try:
+            value = orjson.loads(path.read_bytes())
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from error
+        merged.update({key: item for key, item in value.items() if item is not None})
+    return merged
+
+
+def _special_id(name: str, settings: dict[str, Any], vocabulary: _Vocabulary) -> int | None:
+    """The id of eos_token, bos_token or pad_token: by its text, else by the id in config.json."""
+    stated = settings.get(name)
+    text = stated.get("content") if isinstance(stated, dict) else stated
+    if text is not None:
+        if text not in vocabulary.ids:
+            raise DataError(f"the tokenizer has no token {text!r}, which its settings call {name}")
+        return vocabulary.ids[text]
+    number = settings.get(f"{name}_id")
+    first = number[0] if isinstance(number, list) and number else number
+    return first if isinstance(first, int) and 0 <= first <= max(vocabulary.ids.values()) else None
+
+
+def _adds_bos(settings: dict[str, Any], vocabulary: _Vocabulary, bos: int) -> bool:
+    stated = settings.get("add_bos_token")
+    return stated if isinstance(stated, bool) else vocabulary.prefix == (bos,)
+
+
+def _json_vocabulary(path: Path) -> _Vocabulary:
+    tokenizer = tokenizers_tokenizer(path)
+    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    prefix = tuple(whole[: len(whole) - len(plain)]) if whole[len(whole) - len(plain) :] == plain else ()
+    identity = tokenizer_identity(added, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
+    return _Vocabulary(added, tokenizer.get_vocab(with_added_tokens=True), identity, prefix)
+
+
+def _sentencepiece_vocabulary(path: Path, folder: Path) -> _Vocabulary:
+    processor = sentencepiece_processor(path)
+    ids = {processor.id_to_piece(index): index for index in range(processor.get_piece_size())}
+    added = {text: i for text, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)}
+    extra = folder / "added_tokens.json"
+    if extra.is_file():
+        added |= orjson.loads(extra.read_bytes())
+    identity = tokenizer_identity(added, lambda text: list(processor.encode(text)))
+    bos = processor.bos_id()
+    # LLaMA's sentencepiece tokenizers begin every text with BOS; where a tokenizer does not, its settings say so.
+    return _Vocabulary(added, ids | added, identity, (bos,) if bos >= 0 else ())

@@ -1,0 +1,106 @@
+"""The work in progress of a build: its plan and what was committed, so that a killed build continues.
+
+Every finished unit is a folder that appears whole, with the unit's documents and an entry that says what they are; the
+set of these folders is the ledger.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from data_tools.plan import BuildPlan
+from llamapro.errors import Corrupted, DataError
+from llamapro.files.atomic import write_atomic
+
+WORK_FOLDER = ".building"
+PLAN_NAME = "plan.json"
+ENTRY_NAME = "entry.json"
+
+
+class RejectExample(BaseModel):
+    """One row that was left out; `row` in the unit, from 0."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row: int
+    reason: str
+
+
+class UnitEntry(BaseModel):
+    """What a committed unit holds.
+
+    Attributes:
+        rows: rows read, blank and left-out ones included.
+        rejects: rows left out, by reason; `examples` are the first of them.
+        parts: sizes in bytes of its part files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: int
+    rows: int
+    documents: int
+    tokens: int
+    text_bytes: int
+    rejects: dict[str, int]
+    examples: tuple[RejectExample, ...]
+    parts: tuple[int, ...]
+
+
+class Work:
+    """The folder of a build in progress.
+
+    Args:
+        folder: `.building` in the dataset's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def adopt(self, plan: BuildPlan) -> None:
+        """Begin, or continue a build that was begun under an equal plan.
+
+        Raises:
+            DataError: it was begun under another plan; says what differs and what to do.
+        """
+        if not (self.folder / PLAN_NAME).exists():
+            write_atomic(self.folder / PLAN_NAME, plan.model_dump_json())
+            return
+        differences = self.plan().differences(plan)
+        if differences:
+            raise DataError(
+                f"{self.folder.parent} holds an unfinished build that this can't continue: {'; '.join(differences)}. "
+                f"Restore what changed, delete {self.folder}, or choose another --output"
+            )
+
+    def plan(self) -> BuildPlan:
+        """The plan of the build."""
+        path = self.folder / PLAN_NAME
+        try:
+            return BuildPlan.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise Corrupted(f"{path} can't be read; delete {self.folder} and build again: {error}") from error
+
+    def unit_folder(self, unit: int) -> Path:
+        """Where a unit is committed."""
+        return self.folder / "units" / f"{unit:06d}"
+
+    def part(self, unit: int, part: int) -> Path:
+        """One of a committed unit's files."""
+        return self.unit_folder(unit) / part_name(part)
+
+    def entry(self, unit: int) -> UnitEntry | None:
+        """What a committed unit holds; None when it is not committed, or its files don't have their sizes."""
+        path = self.unit_folder(unit) / ENTRY_NAME
+        try:
+            entry = UnitEntry.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        files = [self.part(unit, number) for number in range(len(entry.parts))]
+        sizes = tuple(file.stat().st_size if file.exists() else -1 for file in files)
+        return entry if sizes == entry.parts else None
+
+
+def part_name(part: int) -> str:
+    """The name of a unit's file."""
+    return f"part-{part:05d}.bin"
