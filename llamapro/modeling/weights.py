@@ -7,13 +7,15 @@ whole in memory. Shared parameters (tied embeddings) are read once and stay one 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
 
 from llamapro.errors import Corrupted, ModelRefused
-from llamapro.expansion.record import ExpansionRecord
-from llamapro.files.tensors import FLOAT_DTYPES, TensorEntry, TensorFolder
+from llamapro.expansion.record import ExpansionRecord, TensorDigest
+from llamapro.expansion.verify import expected_tensors
+from llamapro.files.tensors import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry, TensorFolder, zero_chunks
 from llamapro.modeling.trainable import block_index
 
 # Rotary frequencies, stored by old versions of transformers; they are computed from the configuration instead.
@@ -60,8 +62,8 @@ class WeightReader:
             raise Corrupted(f"{self.folder.folder} lacks {_listed(absent)}, which its expansion record names")
         if self.different:
             raise Corrupted(
-                f"{self.folder.folder}: {_listed(self.different)} differ from the expansion record: the base is not "
-                f"the one that was expanded; restore the folder or expand again"
+                f"{self.folder.folder}: {_listed(self.different)} differ from the expansion record: the bytes "
+                f"are not those that were expanded; restore the folder or expand again"
             )
 
     def _real(self, meta: nn.Parameter) -> nn.Parameter:
@@ -134,18 +136,25 @@ def fill_units(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def expected_digests(record: ExpansionRecord, decoder_prefix: str, share: tuple[int, int]) -> dict[str, str]:
-    """SHA-256 of the base tensors that one of several processes checks: those never trained, dealt out by turns.
+    """SHA-256 of the tensors that one of several processes checks: those never trained, dealt out by turns.
+
+    The tensors of fresh new blocks are known too: zero, or equal to those of the block they copy.
 
     Args:
         share: (rank, world size).
     """
     rank, world_size = share
+    tensors = expected_tensors(record)
     untouched = [
         name
-        for name in sorted(record.base_tensors)
+        for name in sorted(tensors)
         if name not in record.trained.tensors and block_index(name, decoder_prefix) not in record.trained.blocks
     ]
-    return {name: record.base_tensors[name].sha256 for name in untouched[rank::world_size]}
+    zeroed = set(record.zeroed)
+    return {
+        name: _sha256_of_zeros(tensors[name]) if name in zeroed else tensors[name].sha256
+        for name in untouched[rank::world_size]
+    }
 
 
 def partitioned_fill(
@@ -177,6 +186,13 @@ def _faults(folder: TensorFolder, stored: list[TensorEntry], shape: tuple[int, .
 def _sha256(folder: TensorFolder, name: str) -> str:
     digest = hashlib.sha256()
     for chunk in folder.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sha256_of_zeros(tensor: TensorDigest) -> str:
+    digest = hashlib.sha256()
+    for chunk in zero_chunks(prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]):
         digest.update(chunk)
     return digest.hexdigest()
 

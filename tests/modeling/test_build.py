@@ -156,10 +156,16 @@ def test_a_flipped_byte_in_a_base_tensor_is_refused_by_name(tmp_path: Path) -> N
     ready_model(folder, trainable)  # without a record nothing says what the bytes must be
 
 
-def test_a_flipped_byte_in_a_new_block_is_not_the_records_business(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor", ["mlp.up_proj.weight", "mlp.down_proj.weight"])  # a copy, and zeros
+def test_a_flipped_byte_in_a_fresh_new_block_is_refused_and_in_a_trained_one_unknown(
+    tmp_path: Path, tensor: str
+) -> None:
     folder, record = expanded_llama(tmp_path)
-    flip_byte(folder, f"model.layers.{record.new_blocks[0]}.mlp.up_proj.weight")
-    ready_model(folder, TrainableSet.of(record.new_blocks), record=record)
+    flip_byte(folder, f"model.layers.{record.new_blocks[0]}.{tensor}")
+    with pytest.raises(Corrupted, match=tensor):
+        ready_model(folder, TrainableSet.of(record.new_blocks), record=record)
+    trained = record.model_copy(update={"trained": Trained(blocks=record.new_blocks)})
+    ready_model(folder, TrainableSet.of(record.new_blocks), record=trained)
 
 
 def test_what_the_record_lists_as_trained_may_differ(tmp_path: Path) -> None:
