@@ -4,6 +4,7 @@ DeepSpeed would build a shared-memory collective on every start on CPU: 50 s the
 killed build hangs every later start without a message. Only its tensor-parallel inference uses it, so it is left out.
 """
 
+import os
 import warnings
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from llamapro import console
 from llamapro.config.engine import EngineConfig
 from llamapro.engine import environment
+from llamapro.errors import RetryLater, UserError
 from llamapro.ranks import Ranks
 
 WATCHDOG_MARGIN_MINUTES = 2.0
@@ -32,21 +34,16 @@ def start_ranks(settings: EngineConfig, local_rank: int | None = None) -> Ranks:
 
     Args:
         local_rank: what the `deepspeed` launcher passed on the command line; the environment's where None.
+
+    Raises:
+        UserError: the ranks of several machines don't know where to meet.
+        RetryLater: not all ranks came within `startup_timeout_minutes`.
     """
     environment.prepare_environment()
     index = environment.local_rank() if local_rank is None else local_rank
-    device = _device(index)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = _choose_device(index)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=environment.meeting_point(),
-        rank=environment.rank(),
-        world_size=environment.world_size(),
-        timeout=timedelta(minutes=settings.startup_timeout_minutes),
-        device_id=device if device.type == "cuda" and environment.world_size() > 1 else None,
-    )
+    _meet(backend, device, settings.startup_timeout_minutes)
     join_deepspeed()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), index, device)
     console.info(_description(ranks, backend, settings))
@@ -82,9 +79,35 @@ def limit_waiting(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
-def _device(local_rank: int) -> torch.device:
+def _choose_device(local_rank: int) -> torch.device:
+    """This rank's device. Where the scheduler shows each rank its own GPU only, that is number 0 for all of them."""
     name = get_accelerator().device_name()
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes this for the device
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meet(backend: str, device: torch.device, minutes: float) -> None:
+    if not environment.single_node() and "MASTER_ADDR" not in os.environ:
+        raise UserError("MASTER_ADDR is not set: give all ranks the address of the first machine in it")
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=environment.meeting_point(),
+            rank=environment.rank(),
+            world_size=environment.world_size(),
+            timeout=timedelta(minutes=minutes),
+            device_id=device if device.type == "cuda" and environment.world_size() > 1 else None,
+        )
+    except dist.DistError as error:
+        where = environment.meeting_point()
+        raise RetryLater(
+            f"not all of {environment.world_size()} ranks came to {where} within {minutes:g} min "
+            f"(engine.startup_timeout_minutes): {error}"
+        ) from error
 
 
 def _description(ranks: Ranks, backend: str, settings: EngineConfig) -> str:

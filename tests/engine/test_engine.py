@@ -30,6 +30,8 @@ from tests.support.pool import WorkerPool
 STEPS = 8
 FLOAT32_TOLERANCE = 1e-6
 BF16_TOLERANCE = 1e-4
+CLASSES = [("float32", 1), ("float32", 2), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+"""Precision and stage of each way in which DeepSpeed accumulates gradients."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ class TestStages:
             (stage, world): pool.run(
                 train, dataclasses.replace(base, stage=stage, accumulation=6 // world), STEPS, world_size=world
             )
-            for stage, world in [(1, 2), (2, 2), (3, 2), (1, 1), (3, 1), (3, 3)]
+            for stage, world in [(1, 2), (2, 2), (3, 2), (1, 1), (3, 3)]
         }
         reference = runs[1, 1][0]
         for (stage, world), results in runs.items():
@@ -119,16 +121,6 @@ class TestStages:
         assert first["changed"] == first["trainable"] == third["changed"]
         assert relative(third["losses"], first["losses"]) <= FLOAT32_TOLERANCE
 
-    @pytest.mark.parametrize("stage", [1, 3])
-    def test_offloaded_optimizer_state_gives_the_same(
-        self, pool: WorkerPool, folders: dict[str, str], stage: int
-    ) -> None:
-        setup = Setup(folders["bf16"], stage, "bf16")
-        plain, offloaded = (
-            pool.run(train, dataclasses.replace(setup, offload=offload), 3)[0] for offload in ("none", "optimizer")
-        )
-        assert relative(offloaded["losses"], plain["losses"]) <= BF16_TOLERANCE
-
 
 class TestScaling:
     """The gradient is that of the mean loss over all target tokens of the step."""
@@ -158,7 +150,7 @@ class TestScaling:
             expected = 0.1 * scale * gradient.flatten()
             assert (moment - expected).norm() <= 1e-4 * expected.norm() + 1e-12, name
 
-    @pytest.mark.parametrize("stage", [1, 2, 3])
+    @pytest.mark.parametrize("stage", [2, 3])
     def test_three_micro_batches_of_one_equal_one_of_three(
         self, pool: WorkerPool, folders: dict[str, str], stage: int
     ) -> None:
@@ -268,10 +260,12 @@ def vetoed_step(ranks: Ranks, setup: Setup, first: bool) -> dict[str, Any]:
 class TestVeto:
     """A skipped step leaves no trace."""
 
-    @pytest.mark.parametrize("stage", [1, 2, 3])
-    @pytest.mark.parametrize(("precision", "first"), [("float32", True), ("bf16", False)])
+    @pytest.mark.parametrize(
+        ("precision", "stage", "first"),
+        [("float32", 1, True), ("float32", 2, False), ("bf16", 1, False), ("bf16", 2, True), ("bf16", 3, False)],
+    )
     def test_a_vetoed_step_changes_nothing(
-        self, pool: WorkerPool, folders: dict[str, str], stage: int, precision: str, first: bool
+        self, pool: WorkerPool, folders: dict[str, str], precision: str, stage: int, first: bool
     ) -> None:
         for found in pool.run(vetoed_step, Setup(folders[precision], stage, precision), first):
             assert found["result"].skipped and found["asked"] == [found["result"].gradient_norm]
@@ -279,10 +273,9 @@ class TestVeto:
             assert_same_state(found["before"], found["after"])
             assert found["following"] == found["expected"]
 
-    @pytest.mark.parametrize("stage", [1, 2, 3])
-    @pytest.mark.parametrize("precision", ["float32", "bf16"])
+    @pytest.mark.parametrize(("precision", "stage"), CLASSES)
     def test_a_gradient_that_is_not_finite_is_reported_and_never_applied(
-        self, pool: WorkerPool, folders: dict[str, str], stage: int, precision: str
+        self, pool: WorkerPool, folders: dict[str, str], precision: str, stage: int
     ) -> None:
         for found in pool.run(poisoned_step, Setup(folders[precision], stage, precision)):
             assert found["result"].skipped and found["result"].gradient_norm == math.inf
@@ -290,10 +283,9 @@ class TestVeto:
             assert_same_state(found["before"], found["after"])
             assert not found["next"].skipped and math.isfinite(found["next"].gradient_norm)
 
-    @pytest.mark.parametrize("stage", [1, 2, 3])
-    @pytest.mark.parametrize("precision", ["float32", "bf16"])
+    @pytest.mark.parametrize(("precision", "stage"), CLASSES)
     def test_dropped_micro_batches_leave_no_trace(
-        self, pool: WorkerPool, folders: dict[str, str], stage: int, precision: str
+        self, pool: WorkerPool, folders: dict[str, str], precision: str, stage: int
     ) -> None:
         for dropped, plain in pool.run(dropped_step, Setup(folders[precision], stage, precision)):
             assert dropped == plain
@@ -376,11 +368,8 @@ def fetch_lowest_as_any_other(ranks: Ranks, setup: Setup) -> str:
 class TestEvaluation:
     """Scoring between steps."""
 
-    @pytest.mark.parametrize("stage", [1, 3])
-    def test_evaluation_between_steps_changes_nothing(
-        self, pool: WorkerPool, folders: dict[str, str], stage: int
-    ) -> None:
-        for outcomes in pool.run(evaluated_between, Setup(folders["float32"], stage)):
+    def test_evaluation_between_steps_changes_nothing(self, pool: WorkerPool, folders: dict[str, str]) -> None:
+        for outcomes in pool.run(evaluated_between, Setup(folders["float32"], 3)):
             assert outcomes[0] == outcomes[1]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llamapro.engine.engine import Engine
 from llamapro.ranks import Ranks
 from tests.support.engine import (
     KEYS,
@@ -107,7 +108,7 @@ def test_a_round_trip_restores_every_bit_and_goes_on(
         assert loss == pytest.approx(reference, rel=WORLD_CHANGE_TOLERANCE)
 
 
-@pytest.mark.parametrize(("stage", "persist"), [(1, 0), (2, 0), (3, 0), (3, 600), (3, 10**6)])
+@pytest.mark.parametrize(("stage", "persist"), [(1, 0), (2, 0), (3, 0), (3, 600)])
 def test_fragments_cover_each_trainable_element_once_from_the_start(
     pool: WorkerPool, folders: dict[str, str], stage: int, persist: int
 ) -> None:
@@ -126,34 +127,39 @@ def test_fragments_cover_each_trainable_element_once_from_the_start(
         assert all(np.isfinite(trained[name, key]).all() and trained[name, key].any() for key in KEYS)
 
 
-def all_frozen(ranks: Ranks, setup: Setup) -> tuple[list[tuple[str, int, Array]], dict[str, Array]]:
+def all_frozen(ranks: Ranks, setup: Setup) -> dict[str, Any]:
+    """The frozen slices of this rank before the first step and after it, and the whole tensors."""
     engine, model = start_engine(ranks, setup)
+    before = copied(engine)
     train_step(engine, ranks, setup, 0)
-    slices = [(name, start, values.float().numpy().copy()) for name, start, values in engine.frozen_slices()]
+    after = copied(engine)
     frozen = {name for name, parameter in model.hf.named_parameters() if not parameter.requires_grad}
     live = {name: values for name, values in whole_parameters(model).items() if name in frozen}
     engine.close()
-    return slices, live
+    return {"before": before, "after": after, "live": live}
 
 
-@pytest.mark.parametrize(("stage", "persist"), [(1, 0), (2, 0), (3, 0), (3, 600)])
-@pytest.mark.parametrize("tied", [False, True])
+def copied(engine: Engine) -> list[tuple[str, int, Array]]:
+    return [(name, start, values.float().numpy().copy()) for name, start, values in engine.frozen_slices()]
+
+
+@pytest.mark.parametrize(("stage", "persist", "tied"), [(1, 0, True), (2, 0, False), (3, 0, True), (3, 600, False)])
 def test_frozen_slices_cover_each_frozen_element_once(
     pool: WorkerPool, tmp_path: Path, stage: int, persist: int, tied: bool
 ) -> None:
     folder = save_tiny_llama(tmp_path, blocks=6, tied=tied, dtype=torch.bfloat16)
     setup = Setup(str(folder), stage, "bf16", micro=3, accumulation=1, persist=persist)
     results = pool.run(all_frozen, setup, world_size=3)
-    live = results[0][1]
+    live = results[0]["live"]
     assert ("lm_head.weight" in live) != tied and "model.embed_tokens.weight" in live and len(live) == 38 + 1 - tied
-    found = {name: np.full(values.size, np.nan, np.float32) for name, values in live.items()}
-    for slices, _ in results:
-        for name, start, values in slices:
+    for when in ("before", "after"):
+        found = {name: np.full(values.size, np.nan, np.float32) for name, values in live.items()}
+        for name, start, values in (part for result in results for part in result[when]):
             place = found[name][start : start + values.size]
             assert place.size == values.size and np.isnan(place).all(), f"{name}: an element occurs twice"
             place[:] = values
-    for name, values in live.items():
-        assert np.array_equal(found[name], values.flatten()), name
+        for name, values in live.items():
+            assert np.array_equal(found[name], values.flatten()), name
 
 
 def test_a_changed_copy_of_a_parameter_kept_whole_is_seen(pool: WorkerPool, folders: dict[str, str]) -> None:
@@ -175,10 +181,13 @@ def break_a_norm(ranks: Ranks, setup: Setup) -> bool:
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_offloaded_state_is_found_too(pool: WorkerPool, folders: dict[str, str]) -> None:
-    for stage in (2, 3):
-        setup = dataclasses.replace(setup_of(folders["bf16"], "bf16", stage, 2), offload="optimizer")
-        before = pool.run(run_whole, setup)
-        saved = joined([result["state"] for result in before])
-        after = pool.run(run_restored, setup, saved, FIRST)
-        assert after[0]["losses"] == before[0]["losses"]
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_state_is_the_same_and_found_too(pool: WorkerPool, folders: dict[str, str], stage: int) -> None:
+    plain = setup_of(folders["bf16"], "bf16", stage, 2)
+    offloaded = dataclasses.replace(plain, offload="optimizer")
+    reference, before = pool.run(run_whole, plain), pool.run(run_whole, offloaded)
+    saved = joined([result["state"] for result in before])
+    after = pool.run(run_restored, offloaded, saved, FIRST)
+    assert after[0]["losses"] == before[0]["losses"]
+    for (loss, _), (expected, _) in zip(before[0]["losses"], reference[0]["losses"], strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
