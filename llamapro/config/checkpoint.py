@@ -27,7 +27,7 @@ class CheckpointConfig(Section):
     refused rather than started afresh."""
 
     start_from: FilePath | None = None
-    """Checkpoint folder whose trained weights a new run begins with; ignored once the run has its own."""
-
+    """Checkpoint or run folder whose weights a new run begins with; its optimizer, schedule and data begin afresh.
+    Ignored once the run has a checkpoint of its own."""
     accept: Annotated[tuple[Literal["schedule", "optimizer"], ...], Strict(False)] = ()
     """Sections that a resumed run may change although they change what is learned."""
