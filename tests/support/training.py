@@ -1,4 +1,4 @@
-"""Whole training runs on tiny models, in the worker pool: the code that `launch/pretrain.py` runs after its arguments."""
+"""Whole training runs on tiny models, in the worker pool: what `launch/pretrain.py` runs after its arguments."""
 
 from contextlib import ExitStack
 from dataclasses import replace
