@@ -103,17 +103,14 @@ def _prepare_output(output: Path) -> None:
 
 
 def _sampled_texts(plan: BuildPlan) -> list[str]:
-    """Documents from units spread over the inputs.
-
-    Raises:
-        DataError: there are only rows that can't be used.
-    """
+    """Documents from units spread over the inputs."""
     step = max(1, len(plan.units) // _SAMPLED_UNITS)
+    units = plan.units[::step]
     texts: list[str] = []
-    for unit in plan.units[::step]:
+    for unit in units:
         items = read_unit(unit, plan.files[unit.file], plan.options)
         documents = (item.text for item in items if isinstance(item, Document))
-        texts.extend(_limited(documents, SAMPLED_DOCUMENTS // _SAMPLED_UNITS, SAMPLED_BYTES // _SAMPLED_UNITS))
+        texts.extend(_limited(documents, SAMPLED_DOCUMENTS // len(units), SAMPLED_BYTES // len(units)))
     return texts
 
 

@@ -1,0 +1,41 @@
+"""The fast packing is exactly best-fit-decreasing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamapro.data.best_fit import best_fit_decreasing
+
+
+def plain_best_fit_decreasing(lengths, capacity):
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting, key=lambda i: rooms[i])] -= length
+        else:
+            rooms.append(capacity - length)
+    return sorted(rooms)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
+def test_bins_are_filled_as_by_the_plain_algorithm(case):
+    capacity, lengths = case
+    bins, count = best_fit_decreasing(np.array(lengths, dtype=np.int64), capacity)
+    filled = np.bincount(bins, weights=lengths, minlength=count) if lengths else np.zeros(0)
+    assert sorted((capacity - filled).astype(int).tolist()) == plain_best_fit_decreasing(lengths, capacity)
+
+
+def test_realistic_lengths_leave_almost_nothing_unused():
+    lengths = np.clip(np.random.default_rng(0).lognormal(6, 1, 50_000).astype(np.int64), 1, 4096)
+    bins, count = best_fit_decreasing(lengths, 4096)
+    assert np.bincount(bins, weights=lengths).max() <= 4096
+    assert lengths.sum() / (count * 4096) >= 0.999
+
+
+@pytest.mark.parametrize("lengths", [[0], [11]])
+def test_lengths_that_can_not_be_placed_are_a_bug(lengths):
+    with pytest.raises(AssertionError):
+        best_fit_decreasing(np.array(lengths), 10)
