@@ -20,12 +20,17 @@ CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_token
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What the tokenizer's file says: id by text of special and other added tokens, of all tokens, and the identity."""
+    """What the tokenizer's file says.
+
+    Attributes:
+        added: id by text of special and other added tokens; ids: of all tokens.
+        first_added: the id that the model's tokenizer puts before every text, if it does.
+    """
 
     added: dict[str, int]
     ids: dict[str, int]
     identity: str
-    prefix: tuple[int, ...]
+    first_added: int | None
 
 
 def locate_tokenizer(model: str) -> Path:
@@ -66,7 +71,7 @@ def read_tokenizer(folder: Path) -> TokenizerFacts:
         bos_id=bos,
         eos_id=eos,
         pad_id=eos if pad is None else pad,
-        bos_inserted=bos is not None and _adds_bos(settings, vocabulary, bos),
+        bos_inserted=bos is not None and vocabulary.first_added == bos,
         eos_inserted=True,
         token_dtype=token_dtype(size),
         file=path.name,
@@ -138,19 +143,14 @@ def _special_id(name: str, settings: dict[str, Any], vocabulary: _Vocabulary) ->
     return first if isinstance(first, int) and 0 <= first <= max(vocabulary.ids.values()) else None
 
 
-def _adds_bos(settings: dict[str, Any], vocabulary: _Vocabulary, bos: int) -> bool:
-    stated = settings.get("add_bos_token")
-    return stated if isinstance(stated, bool) else vocabulary.prefix == (bos,)
-
-
 def _json_vocabulary(path: Path) -> _Vocabulary:
     tokenizer = tokenizers_tokenizer(path)
     added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
-    prefix = tuple(whole[: len(whole) - len(plain)]) if whole[len(whole) - len(plain) :] == plain else ()
+    first_added = whole[0] if whole[:1] != plain[:1] else None
     identity = tokenizer_identity(added, lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids))
-    return _Vocabulary(added, tokenizer.get_vocab(with_added_tokens=True), identity, prefix)
+    return _Vocabulary(added, tokenizer.get_vocab(with_added_tokens=True), identity, first_added)
 
 
 def _sentencepiece_vocabulary(path: Path, folder: Path) -> _Vocabulary:
@@ -161,6 +161,6 @@ def _sentencepiece_vocabulary(path: Path, folder: Path) -> _Vocabulary:
     if extra.is_file():
         added |= orjson.loads(extra.read_bytes())
     identity = tokenizer_identity(added, lambda text: list(processor.encode(text)))
-    bos = processor.bos_id()
-    # LLaMA's sentencepiece tokenizers begin every text with BOS; where a tokenizer does not, its settings say so.
-    return _Vocabulary(added, ids | added, identity, (bos,) if bos >= 0 else ())
+    # As in transformers 5: without a tokenizer.json, BOS is added exactly where the settings ask for it.
+    first_added = processor.bos_id() if _settings(folder).get("add_bos_token") is True else None
+    return _Vocabulary(added, ids | added, identity, first_added)

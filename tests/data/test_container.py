@@ -35,7 +35,9 @@ def test_empty_sections_are_possible(tmp_path):
 
 
 def test_content_digest_is_that_of_the_header_page(path):
-    assert Container.open(path, "shard").header.content_digest == xxhash.xxh3_128_hexdigest(path.read_bytes()[:PAGE_BYTES])
+    assert Container.open(path, "shard").header.content_digest == xxhash.xxh3_128_hexdigest(
+        path.read_bytes()[:PAGE_BYTES]
+    )
 
 
 @pytest.mark.parametrize("position", [0, 9, 17, 30, 70, 300, 3000, 4090])

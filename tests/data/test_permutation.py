@@ -29,7 +29,9 @@ def test_an_index_maps_the_same_alone_and_in_company():
 
 def test_keys_differ_and_repeat():
     assert permutation_key(1, "law", 0) == permutation_key(1, "law", 0)
-    assert len({permutation_key(*parts) for parts in [(1, "law", 0), (1, "law", 1), (2, "law", 0), (1, "wiki", 0)]}) == 4
+    assert (
+        len({permutation_key(*parts) for parts in [(1, "law", 0), (1, "law", 1), (2, "law", 0), (1, "wiki", 0)]}) == 4
+    )
 
 
 @pytest.mark.parametrize("size", [10, 64, 100])

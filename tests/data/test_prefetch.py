@@ -28,12 +28,12 @@ def test_the_next_result_is_computed_while_the_consumer_works():
 
 
 def test_only_waiting_is_counted_as_waiting():
-    with Prefetcher(iter([lambda: time.sleep(0.2), lambda: None])) as fetched:
+    with Prefetcher(iter([lambda: time.sleep(0.5), lambda: None])) as fetched:
         next(fetched)
-        assert fetched.take_wait_seconds() >= 0.15
-        time.sleep(0.1)
+        assert fetched.take_wait_seconds() >= 0.4
+        time.sleep(0.2)
         next(fetched)
-        assert fetched.take_wait_seconds() < 0.1
+        assert fetched.take_wait_seconds() < 0.3
 
 
 def test_an_error_comes_where_its_result_would_have_come():

@@ -1,0 +1,111 @@
+"""All tokenizer libraries give the reference's ids; one that does not is passed over; special strings stay text."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import encoders, parity
+from data_tools.encoders import open_encoder
+from data_tools.parity import awkward_texts, choose_library, first_difference
+from tests.support.data import random_texts, save_sentencepiece, save_tokenizer
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("model")) / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_sentencepiece(tmp_path_factory.mktemp("sp") / "m") / "tokenizer.model"
+
+
+@pytest.fixture(scope="module")
+def both(path):
+    return open_encoder(path, "fastokens"), open_encoder(path, "tokenizers")
+
+
+def ids_of(encoder, text):
+    return encoder.encode([text])[0].tolist()
+
+
+def test_every_code_point_has_the_same_ids(both):
+    points = [chr(point) for point in range(1, 0x110000) if not 0xD800 <= point < 0xE000]
+    chunks = ["".join(points[start : start + 2048]) for start in range(0, len(points), 2048)]
+    assert first_difference(*both, chunks) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=60), max_size=6))
+def test_any_text_has_the_same_ids(both, texts):
+    assert first_difference(*both, texts) is None
+
+
+def test_awkward_strings_and_texts_have_the_same_ids(both):
+    assert first_difference(*both, [*awkward_texts(SPECIAL), *random_texts(300, seed=3)]) is None
+
+
+@pytest.mark.parametrize("library", ["fastokens", "tokenizers"])
+@pytest.mark.parametrize("text", SPECIAL)
+def test_strings_that_look_like_special_tokens_stay_text(path, library, text):
+    ids = ids_of(open_encoder(path, library), f"a{text}b")
+    assert min(ids) >= 4 and len(ids) > 3
+
+
+def test_sentencepiece_keeps_special_strings_as_text(model):
+    ids = ids_of(open_encoder(model, "sentencepiece"), "a</s>b<s>")
+    assert not {0, 1, 2} & set(ids)
+
+
+def test_batches_are_flat_with_offsets(both):
+    for encoder in both:
+        ids, offsets = encoder.encode(["ab", "", "heart"])
+        assert offsets.tolist()[0] == 0 and offsets[1] == offsets[2] and offsets[-1] == ids.size
+        assert ids.dtype == np.uint32
+        assert ids[offsets[2] :].tolist() == ids_of(encoder, "heart")
+
+
+def test_the_fastest_equal_library_is_chosen(path, model, capsys):
+    assert choose_library(path, ["some text"], SPECIAL) == "fastokens"
+    assert "same ids as tokenizers" in capsys.readouterr().err
+    assert choose_library(model, ["some text"], []) == "sentencepiece"
+
+
+def test_a_library_with_other_ids_is_passed_over_and_reported(path, monkeypatch, capsys):
+    class Wrong(encoders.TokenizersEncoder):
+        library = "fastokens"
+
+        def encode(self, texts):
+            ids, offsets = super().encode(texts)
+            wrong = ids.copy()
+            wrong[offsets[:-1][["odd one" in text for text in texts]]] = 7
+            return wrong, offsets
+
+    monkeypatch.setitem(encoders.ENCODERS, "tokenizer.json", (Wrong, encoders.TokenizersEncoder))
+    assert choose_library(path, ["fine"], SPECIAL) == "fastokens"
+    assert choose_library(path, ["fine", "the odd one"], SPECIAL) == "tokenizers"
+    assert "passed over: it gives other ids than tokenizers for 'the odd one'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "message"), [(ImportError, "not installed"), (ValueError, "can't read this")])
+def test_a_missing_or_unable_library_is_passed_over_and_reported(path, monkeypatch, capsys, error, message):
+    class Missing:
+        library = "fastokens"
+
+        def __init__(self, path):
+            raise error("no")
+
+    monkeypatch.setitem(parity.ENCODERS, "tokenizer.json", (Missing, encoders.TokenizersEncoder))
+    assert choose_library(path, [], SPECIAL) == "tokenizers"
+    assert message in capsys.readouterr().err
+
+
+def test_building_imports_neither_torch_nor_transformers():
+    code = "import sys, data_tools.build, data_tools.inspect; print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

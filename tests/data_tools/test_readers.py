@@ -1,0 +1,149 @@
+"""Work units together read every document once; what can't be used is left out with its row and reason."""
+
+import gzip
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools import readers
+from data_tools.inputs import find_inputs, plan_units
+from data_tools.plan import ContentOptions, WorkUnit
+from data_tools.readers import Blank, Document, Reject, read_unit
+from llamapro.errors import DataError
+
+
+def options(split="file", text_field="text"):
+    return ContentOptions(text_field=text_field, split=split, heldout=0.0)
+
+
+def read(path, split="file", text_field="text"):
+    (file,) = find_inputs([str(path)], text_field)
+    units = plan_units([file], options(split, text_field))
+    return [item for unit in units for item in read_unit(unit, file, options(split, text_field))]
+
+
+def texts(items):
+    return [item.text for item in items if isinstance(item, Document)]
+
+
+def rejects(items):
+    return [(item.row, item.reason) for item in items if isinstance(item, Reject)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.lists(st.text(alphabet="ab\u00e9 ", max_size=12), max_size=15),
+    cuts=st.lists(st.integers(1, 60), max_size=4),
+    ended=st.booleans(),
+)
+def test_byte_ranges_cut_anywhere_read_each_line_once_in_order(tmp_path_factory, lines, cuts, ended):
+    data = "\n".join(lines).encode() + (b"\n" if ended and lines else b"")
+    path = tmp_path_factory.mktemp("cut") / "a.txt"
+    path.write_bytes(data or b"x")
+    data = path.read_bytes()
+    (file,) = find_inputs([str(path)], "text")
+    bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    found = []
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        unit = WorkUnit(index=0, file=0, start=start, stop=stop, first_row=None, text_bytes=1)
+        items = list(read_unit(unit, file, options("line")))
+        assert [item.row for item in items] == list(range(len(items)))
+        found += [item.text if isinstance(item, Document) else "" for item in items]
+    whole = data.decode().split("\n")
+    expected = whole[:-1] if whole[-1] == "" else whole
+    assert found == [line if line.strip() else "" for line in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.ZstdCompressor().compress)],
+)
+def test_compressed_and_plain_files_hold_the_same(tmp_path, name, pack):
+    lines = [f"text {i} é" for i in range(500)]
+    (tmp_path / name).write_bytes(pack(b"".join(orjson.dumps({"text": line}) + b"\n" for line in lines)))
+    assert texts(read(tmp_path / name)) == lines
+
+
+def test_several_compressed_frames_are_one_file(tmp_path):
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.txt.zst").write_bytes(compress(b"one\ntwo\n") + compress(b"") + compress(b"three"))
+    assert texts(read(tmp_path / "a.txt.zst", "line")) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("cut", [1, 9, 200])
+@pytest.mark.parametrize(("name", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])
+def test_a_cut_compressed_file_is_an_error_not_an_end(tmp_path, name, pack, cut):
+    data = pack(b"".join(b"%x line\n" % (i * 7919 % 1000003) for i in range(3000)))
+    path = tmp_path / f"a.txt.{name}"
+    path.write_bytes(data[:-cut])
+    with pytest.raises(DataError, match=f"{path} is damaged or cut"):
+        read(path, "line")
+
+
+def test_text_files_are_one_document_or_split_by_line_or_paragraph(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n \nthree\n\n\nfour\nfive")
+    assert texts(read(path, "file")) == ["one\r\ntwo\n\n \nthree\n\n\nfour\nfive"]
+    assert texts(read(path, "line")) == ["one", "two", "three", "four", "five"]
+    found = [item for item in read(path, "paragraph") if isinstance(item, Document)]
+    assert [(item.row, item.text) for item in found] == [(0, "one\ntwo"), (4, "three"), (7, "four\nfive")]
+
+
+def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path):
+    lines = [
+        b'\xef\xbb\xbf{"text": "after a byte order mark"}', b"", b'{"text": 5}', b'{"body": "x"}', b"[1]", b"{",
+        b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": " \\n"}', XX, b'{"text": "good"}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    items = read(tmp_path / "a.jsonl")
+    assert texts(items) == ["after a byte order mark", "good"]
+    assert rejects(items) == [
+        (2, "field 'text' is not text"), (3, "no field 'text'"), (4, "not a JSON object"), (5, "invalid JSON"),
+        (6, "invalid UTF-8"), (7, "NUL character"), (8, "empty text"), (9, "invalid JSON"), (10, "invalid JSON"),
+    ]  # fmt: skip
+    assert [item.row for item in items if isinstance(item, Blank)] == [1]
+
+
+@pytest.mark.parametrize("split", ["file", "paragraph", "line"])
+def test_rows_that_are_too_long_are_left_out_without_being_loaded(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    (tmp_path / "a.txt").write_bytes(b"short\n\n" + b"x" * 1000 + b"\n\nlast\n")
+    items = read(tmp_path / "a.txt", split)
+    if split == "file":
+        assert texts(items) == [] and rejects(items) == [(0, readers.TOO_LONG)]
+    else:
+        assert texts(items) == ["short", "last"] and rejects(items) == [(2, readers.TOO_LONG)]
+
+
+def test_parquet_text_comes_by_row_group_with_missing_values_left_out(tmp_path):
+    values = [f"text {i}" for i in range(50)]
+    values[7] = None
+    pq.write_table(pa.table({"body": values, "n": list(range(50))}), tmp_path / "a.parquet", row_group_size=8)
+    items = read(tmp_path / "a.parquet", text_field="body")
+    assert texts(items) == [value for value in values if value]
+    assert rejects(items) == [(7, "no value in column 'body'")]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("nope", "no column 'nope'; it has body, n"), ("n", "holds int64, not text")]
+)
+def test_parquet_without_the_text_column_is_refused(tmp_path, field, message):
+    pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.parquet", text_field=field)
+
+
+def test_a_damaged_parquet_file_is_an_error(tmp_path):
+    pq.write_table(pa.table({"text": [f"text {i}" * 20 for i in range(500)]}), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(data[:-10])
+    with pytest.raises(DataError, match="cut.parquet is not a readable parquet file"):
+        read(tmp_path / "cut.parquet")
+    (tmp_path / "bad.parquet").write_bytes(data[:100] + bytes(60) + data[160:])
+    with pytest.raises(DataError, match="bad.parquet is damaged"):
+        read(tmp_path / "bad.parquet")
