@@ -97,7 +97,8 @@ def test_text_files_are_one_document_or_split_by_line_or_paragraph(tmp_path):
 def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path):
     lines = [
         b'\xef\xbb\xbf{"text": "after a byte order mark"}', b"", b'{"text": 5}', b'{"body": "x"}', b"[1]", b"{",
-        b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": " \\n"}', XX, b'{"text": "good"}',
+        b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": " \\n"}',
+        b'{"text": "\\ud800"}', b"[" * 5000, b'{"text": "good"}',
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     items = read(tmp_path / "a.jsonl")
