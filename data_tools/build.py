@@ -5,7 +5,8 @@ which they finish, or how often the build was interrupted.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from data_tools.inputs import find_inputs, plan_units
 from data_tools.parity import choose_library
 from data_tools.plan import BUILD_FORMAT, SHARD_TEXT_BYTES, BuildPlan, ContentOptions
 from data_tools.pool import WorkerPool, worker_pool
-from data_tools.readers import Document, read_unit
+from data_tools.readers import Document, Item, Reject, read_unit
 from data_tools.rejects import require_few_rejects
 from data_tools.request import BuildRequest
 from data_tools.sealing import seal_dataset
@@ -23,7 +24,7 @@ from data_tools.tokenizer import locate_tokenizer, read_tokenizer, special_texts
 from data_tools.work import WORK_FOLDER, UnitEntry, Work
 from llamapro import console
 from llamapro.data.manifest import DatasetManifest, read_dataset_manifest
-from llamapro.errors import UserError
+from llamapro.errors import DataError, UserError
 from llamapro.files.atomic import remove_tree
 from llamapro.files.disk import require_free_space
 from llamapro.files.lock import RunLock
@@ -46,14 +47,15 @@ def build_dataset(request: BuildRequest) -> DatasetManifest:
     plan = make_plan(request)
     work = Work(request.output / WORK_FOLDER)
     if (request.output / MANIFEST_NAME).exists():
-        return _already_built(request.output, plan)
+        return _already_built(request, plan)
     _prepare_output(request.output)
     require_free_space(request.output, sum(f.text_bytes for f in plan.files) * _SPACE_PER_TEXT_BYTE, "the dataset")
     work.folder.mkdir(parents=True, exist_ok=True)
     with RunLock(work.folder):
+        samples = _sampled_texts(plan)
         work.adopt(plan)
         folder = plan.tokenizer_folder
-        library = choose_library(tokenizer_file(folder), _sampled_texts(plan), special_texts(folder))
+        library = choose_library(tokenizer_file(folder), samples, special_texts(folder))
         with worker_pool(request.workers) as pool:
             entries = _encode_all(work, plan, library, pool)
             require_few_rejects(plan, entries, request.max_reject_fraction)
@@ -80,7 +82,8 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     )
 
 
-def _already_built(output: Path, plan: BuildPlan) -> DatasetManifest:
+def _already_built(request: BuildRequest, plan: BuildPlan) -> DatasetManifest:
+    output = request.output
     manifest = read_dataset_manifest(output)
     if manifest.plan != plan.digest():
         raise UserError(
@@ -91,6 +94,10 @@ def _already_built(output: Path, plan: BuildPlan) -> DatasetManifest:
     if work.folder.exists():
         remove_tree(work.folder)
     console.info(f"{output} is already built; nothing to do")
+    if request.license and request.license != manifest.license:
+        console.warning(
+            f"{output} keeps its licence {manifest.license!r}; to record another, delete it and build again"
+        )
     return manifest
 
 
@@ -103,15 +110,36 @@ def _prepare_output(output: Path) -> None:
 
 
 def _sampled_texts(plan: BuildPlan) -> list[str]:
-    """Documents from units spread over the inputs."""
+    """Documents from units spread over the inputs.
+
+    Raises:
+        DataError: there is none, so that a wrong option is noticed before anything is written.
+    """
     step = max(1, len(plan.units) // _SAMPLED_UNITS)
     units = plan.units[::step]
     texts: list[str] = []
+    reasons: Counter[str] = Counter()
+
+    def usable(items: Iterable[Item]) -> Iterator[str]:
+        for item in items:
+            if isinstance(item, Document):
+                yield item.text
+            elif isinstance(item, Reject):
+                reasons[item.reason] += 1
+
     for unit in units:
         items = read_unit(unit, plan.files[unit.file], plan.options)
-        documents = (item.text for item in items if isinstance(item, Document))
-        texts.extend(_limited(documents, SAMPLED_DOCUMENTS // len(units), SAMPLED_BYTES // len(units)))
+        texts.extend(_limited(usable(items), SAMPLED_DOCUMENTS // len(units), SAMPLED_BYTES // len(units)))
+    if not texts:
+        raise DataError(f"the inputs hold no usable document: {_as_text(reasons)}")
     return texts
+
+
+def _as_text(reasons: Counter[str]) -> str:
+    if not reasons:
+        return "they are empty"
+    counted = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
+    return f"{counted}. Name the right --text-field, or correct the inputs"
 
 
 def _limited(texts: Iterator[str], count: int, characters: int) -> Iterator[str]:

@@ -41,8 +41,7 @@ def require_few_rejects(plan: BuildPlan, entries: Sequence[UnitEntry], allowed: 
     rejected, kept = sum(counts.values()), sum(entry.documents for entry in entries)
     if kept and rejected <= allowed * (rejected + kept):
         return
-    if not kept and not rejected:
-        raise DataError("the inputs hold no documents at all")
+    assert kept or rejected, "documents were seen before the build began"
     reasons = "; ".join(f"{count:,} × {reason}" for reason, count in counts.items())
     lines = [f"  {name}:{line}: {reason}" for name, line, reason in reject_lines(plan, entries)]
     raise DataError(

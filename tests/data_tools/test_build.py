@@ -250,12 +250,24 @@ def test_too_many_unusable_rows_stop_the_build_with_file_line_and_reason_and_a_h
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "hold no documents"), ("\n\n", "hold no"), ("{}\n", "1 of 1 rows")]
+    ("content", "message"),
+    [
+        ("", "no usable document: they are empty"),
+        ("\n\n", "they are empty"),
+        ("{}\n[]\n{}\n", "document: 2 × no field 'text'; 1 × not a JSON object. Name the right --text-field"),
+    ],
 )
-def test_inputs_without_documents_are_refused(tokenizer, tmp_path, content, message):
+def test_inputs_without_documents_are_refused_and_do_not_stand_in_the_way_later(tokenizer, tmp_path, content, message):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         build([tmp_path / "in.jsonl"], tokenizer, tmp_path / "o", max_reject_fraction=1.0)
+    write_jsonl(tmp_path / "in.jsonl", ["now there is one"])
+    assert build([tmp_path / "in.jsonl"], tokenizer, tmp_path / "o", heldout=0.0).split("train").documents == 1
+
+
+def test_another_licence_for_a_finished_dataset_is_not_ignored_silently(built, corpus, tokenizer, capsys):
+    build_dataset(request(corpus, tokenizer, built.folder, license="MIT"))
+    assert "keeps its licence 'CC0-1.0'" in capsys.readouterr().err
 
 
 def test_lines_are_numbered_through_the_units_of_a_file(tokenizer, tmp_path, monkeypatch):
