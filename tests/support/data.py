@@ -16,7 +16,23 @@ from llamapro.files.manifest import describe_files
 from tests.support.models import tiny_tokenizer
 
 Ids = Sequence[Sequence[int]]
-WORDS = ("heart", "lung", "mitral", "valve", "the", "of", "a", "defect", "été", "日本", "x < y", "\n", "🙂", "</s>", "<s>")
+WORDS = (
+    "heart",
+    "lung",
+    "mitral",
+    "valve",
+    "the",
+    "of",
+    "a",
+    "defect",
+    "été",
+    "日本",
+    "x < y",
+    "\n",
+    "🙂",
+    "</s>",
+    "<s>",
+)
 
 
 def write_dataset(
@@ -163,9 +179,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "shards").iterdir())}
 
 
-def _write_shard(
-    folder: Path, split: SplitName, number: int, ids: Ids, vocab_size: int, text_bytes: int
-) -> ShardEntry:
+def _write_shard(folder: Path, split: SplitName, number: int, ids: Ids, vocab_size: int, text_bytes: int) -> ShardEntry:
     documents = as_documents(ids, text_bytes)
     facts = ShardFacts(
         **tokenization(vocab_size).model_dump(),
@@ -178,9 +192,7 @@ def _write_shard(
     )
     name = f"shards/{split}-{number:05d}.bin"
     digest = write_shard(folder / name, facts, documents)
-    return ShardEntry(
-        file=name, documents=len(ids), tokens=facts.tokens, text_bytes=facts.text_bytes, digest=digest
-    )
+    return ShardEntry(file=name, documents=len(ids), tokens=facts.tokens, text_bytes=facts.text_bytes, digest=digest)
 
 
 def _split_entry(shards: Sequence[ShardEntry]) -> SplitEntry:
