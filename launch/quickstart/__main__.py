@@ -82,7 +82,7 @@ def next_commands(places: Places) -> str:
         ("a longer run", f"{pretrain} --run.folder {places.root / 'longer'} --schedule.steps 1000"),
         ("the report", f"xdg-open {places.run / 'report.html'}"),
     ):
-        lines.append(f"  {what:<18} {command}")
+        lines.append(f"  {what:<20} {command}")
     return "\n".join(lines)
 
 

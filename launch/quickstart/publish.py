@@ -37,7 +37,7 @@ _REGION = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
 
 def show(outcome: Outcome) -> None:
     """Print the summary table and what was proved."""
-    columns = ("held-out text", "before", "after", "change", "nats/token", "tokens")
+    columns = ("held-out text", "before", "after", "change", "tokens")
     console.table("bits per byte, lower is better", columns, [_row(score) for score in outcome.scores])
     console.result(facts(outcome))
     for sample in outcome.samples:
@@ -124,4 +124,4 @@ def _row(score: Score) -> tuple[str, ...]:
     before, after, half_width = score.before, score.after, score.change.half_width
     change = f"{score.change.fraction:+.1%}" + ("" if half_width is None else f" ± {half_width:.1%}")
     bits = (f"{before.bits_per_byte:.3f}", f"{after.bits_per_byte:.3f}", change)
-    return (score.title, *bits, f"{before.loss:.3f} → {after.loss:.3f}", f"{after.tokens:,}")
+    return (score.title, *bits, f"{after.tokens:,}")
