@@ -73,7 +73,9 @@ def read_manifest(folder: Path, kind: str, format_version: int) -> Manifest:
     if manifest.kind != kind:
         raise Corrupted(f"{folder} is a {manifest.kind}, not a {kind}")
     if manifest.format_version > format_version:
-        raise Corrupted(f"{path} has format version {manifest.format_version}; this program reads up to {format_version}")
+        raise Corrupted(
+            f"{path} has format version {manifest.format_version}; this program reads up to {format_version}"
+        )
     return manifest
 
 
