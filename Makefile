@@ -30,9 +30,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@command -v g++ > /dev/null || { echo "a C++ compiler is needed: install g++" >&2; exit 2; }
 	@echo "installing into .venv: PyTorch, DeepSpeed and the rest of constraints.txt"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --constraint constraints.txt \
+	@$(BIN)/pip install -qq --constraint constraints.txt \
 	  torch setuptools wheel ninja numpy packaging psutil py-cpuinfo
-	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt \
+	@DS_BUILD_OPS=0 $(BIN)/pip install -qq --no-build-isolation --constraint constraints.txt \
 	  --editable '.[dev,quickstart]'
 	@touch $@
 
