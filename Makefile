@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/pip install -qq --constraint constraints.txt \
 	  torch setuptools wheel ninja numpy packaging psutil py-cpuinfo
 	@DS_BUILD_OPS=0 $(BIN)/pip install -qq --no-build-isolation --constraint constraints.txt \
-	  --editable '.[dev,quickstart]'
+	  --editable '.[dev]'
 	@touch $@
 
 check: $(INSTALLED)

@@ -71,7 +71,10 @@ def requirement_names(requirements: list[str]) -> set[str]:
 def test_what_the_makefile_installs_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["quickstart"], *extras["gguf"]]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in ("dev", "quickstart", "gguf", "fast") for name in extras[extra]),
+    ]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[^=+ ]+", line) for line in pins), "a pin is no exact public version"
