@@ -34,6 +34,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	  torch setuptools wheel ninja numpy packaging psutil py-cpuinfo
 	@DS_BUILD_OPS=0 $(BIN)/pip install -qq --no-build-isolation --constraint constraints.txt \
 	  --editable '.[dev]'
+	@rm -rf .mypy_cache  # it would remember what was not installed
 	@touch $@
 
 check: $(INSTALLED)
