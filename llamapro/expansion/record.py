@@ -46,10 +46,15 @@ class TensorDigest(_Frozen):
 
 
 class Trained(_Frozen):
-    """What was ever trained: block indices and names of other tensors, both in the model that the record is of."""
+    """What was ever trained: block indices and names of other tensors, both in the model that the record is of.
+
+    Attributes:
+        digests: SHA-256 of trained tensors as `export` wrote them, by name: what an export proves about its own part.
+    """
 
     blocks: tuple[int, ...] = ()
     tensors: tuple[str, ...] = ()
+    digests: dict[str, str] = {}
 
 
 class LineageEntry(_Frozen):

@@ -70,6 +70,8 @@ def verify(model: Path, base: Path | None) -> VerifyReport:
     with console.progress("verifying", total, "bytes") as advance:
         opened = _Model(model, tensors, record, family_named(record.family), advance)
         rules = [_check_config(opened), _check_names(opened), _check_base_tensors(opened), *_check_new_blocks(opened)]
+        if record.trained.digests:
+            rules.append(_check_trained(opened))
         if base_tensors is not None:
             rules.append(_check_against_base(opened, base_tensors))
     return VerifyReport(record, tuple(rules))
@@ -145,6 +147,22 @@ def _check_new_blocks(model: _Model) -> list[RuleResult]:
         ),
         RuleResult("all other tensors of fresh new blocks equal their source", len(copied), tuple(copy_problems)),
     ]
+
+
+def _check_trained(model: _Model) -> RuleResult:
+    known = expected_tensors(model.record)
+    exported = {
+        name: known[name].model_copy(update={"sha256": sha256})
+        for name, sha256 in model.record.trained.digests.items()
+        if name in known
+    }
+    problems = [
+        f"{name}: the record has a digest of it, but no such tensor"
+        for name in model.record.trained.digests
+        if name not in known
+    ]
+    problems += _differing(model, exported, "differs from what was exported (SHA-256)")
+    return RuleResult("trained tensors are bit-identical to what was exported", len(exported), tuple(problems))
 
 
 def _check_against_base(model: _Model, base: TensorFolder) -> RuleResult:

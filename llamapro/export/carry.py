@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamapro.expansion.families import family_named, parse_block_index
+from llamapro.expansion.lineage import is_trained
 from llamapro.expansion.record import CONFIG_KEY, ExpansionRecord, TensorDigest, Trained, compact
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -38,8 +39,9 @@ def carried_record(
 
     Args:
         trained_names: the tensors that the run trained; added to what was trained before.
-        written: every tensor as written; its digests replace the old ones of base tensors, which differ where a dtype
-            was converted. Digests of trained base tensors stay those of the base: that is what they left.
+        written: every tensor as written. Its digests replace the old ones of base tensors, which differ where a dtype
+            was converted, and are noted for trained ones. The entries of trained base tensors stay those of the base:
+            that is what they left.
     """
     family = family_named(record.family)
     owners = {name: parse_block_index(family, name) for name in trained_names}
@@ -50,10 +52,12 @@ def carried_record(
         tensors=tuple(sorted(others.union(record.trained.tensors))),
     )
     updated = record.model_copy(update={"trained": trained})
+    digests = {name: tensor.sha256 for name, tensor in written.items() if is_trained(family, trained, name)}
+    trained = trained.model_copy(update={"digests": digests})
     base_tensors = dict(record.base_tensors)
     for name in untouched_tensors(updated):
         base_tensors[name] = _as_written(base_tensors[name], written[name])
-    return updated.model_copy(update={"base_tensors": base_tensors})
+    return updated.model_copy(update={"base_tensors": base_tensors, "trained": trained})
 
 
 def carried_config(config: Mapping[str, Any], record: ExpansionRecord | None, dtype: str | None) -> str:

@@ -136,7 +136,8 @@ def fill_units(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def expected_digests(record: ExpansionRecord, decoder_prefix: str, share: tuple[int, int]) -> dict[str, str]:
-    """SHA-256 of the tensors that one of several processes checks: those never trained, dealt out by turns.
+    """SHA-256 of the tensors that one of several processes checks, dealt out by turns: those never trained, and those
+    that an export noted.
 
     The tensors of fresh new blocks are known too: zero, or equal to those of the block they copy.
 
@@ -144,17 +145,17 @@ def expected_digests(record: ExpansionRecord, decoder_prefix: str, share: tuple[
         share: (rank, world size).
     """
     rank, world_size = share
-    tensors = expected_tensors(record)
+    tensors, trained, zeroed = expected_tensors(record), record.trained, set(record.zeroed)
     untouched = [
         name
         for name in sorted(tensors)
-        if name not in record.trained.tensors and block_index(name, decoder_prefix) not in record.trained.blocks
+        if name not in trained.tensors and block_index(name, decoder_prefix) not in trained.blocks
     ]
-    zeroed = set(record.zeroed)
-    return {
+    digests = {
         name: _sha256_of_zeros(tensors[name]) if name in zeroed else tensors[name].sha256
         for name in untouched[rank::world_size]
     }
+    return digests | {name: trained.digests[name] for name in sorted(trained.digests)[rank::world_size]}
 
 
 def partitioned_fill(

@@ -15,8 +15,11 @@ from safetensors.torch import save_file
 from llamapro.errors import CheckFailed, Corrupted, UserError
 from llamapro.expansion.expand import expand
 from llamapro.expansion.record import read_record
+from llamapro.expansion.verify import verify
 from llamapro.export.export import export
-from llamapro.files.tensors import TensorFolder
+from llamapro.modeling.build import build_model
+from llamapro.modeling.trainable import TrainableSet
+from tests.support.expansion import flip_bit
 from tests.support.exports import (
     STEP,
     TinyRun,
@@ -66,6 +69,25 @@ def test_float32_keeps_the_masters_and_widens_the_base_exactly(tiny: TinyRun, tm
     for name, tensor in after.items():
         assert torch.equal(tensor, tiny.masters[name] if name in tiny.masters else before[name].float()), name
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_flipped_bit_of_a_trained_tensor_is_named_by_verify_and_refused_when_it_is_built_on(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    export(tiny.folder, tmp_path / "out")
+    assert not verify(tmp_path / "out", None).problems
+    name = next(iter(tiny.masters))
+    flip_bit(tmp_path / "out", name)
+    assert verify(tmp_path / "out", None).problems == (f"{name} differs from what was exported (SHA-256)",)
+    record = read_record(tmp_path / "out")
+    with pytest.raises(Corrupted, match=name):
+        build_model(
+            tmp_path / "out",
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            trainable=TrainableSet.all(),
+            record=record,
+        )
 
 
 def test_record_says_what_was_trained_and_describes_the_bytes_written(tiny: TinyRun, tmp_path: Path) -> None:
@@ -145,15 +167,6 @@ def test_base_tensor_with_one_flipped_bit_stops_the_export_and_leaves_nothing(tm
     with pytest.raises(Corrupted, match=name):
         export(tiny.folder, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
-
-
-def flip_bit(folder: Path, name: str) -> None:
-    entry = TensorFolder.open(folder).entries[name]
-    with entry.file.open("r+b") as file:
-        file.seek(entry.start + entry.nbytes // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_missing_base_tensor_is_named(tmp_path: Path) -> None:
