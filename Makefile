@@ -27,7 +27,6 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $(PYTHON) is older; name one: make PYTHON=python3.11 …" >&2; exit 2; }
-	@command -v g++ > /dev/null || { echo "a C++ compiler is needed: install g++" >&2; exit 2; }
 	@echo "installing into .venv: PyTorch, DeepSpeed and the rest of constraints.txt"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install -qq --constraint constraints.txt \
