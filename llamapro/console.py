@@ -17,6 +17,7 @@ from rich.table import Table
 from llamapro.errors import EXIT_RETRY, CheckFailed, Corrupted, LlamaproError, RetryLater, UserError
 
 LOG_INTERVAL_SECONDS = 30.0
+FILE_COLUMNS = 120
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -51,13 +52,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     """Print a result table (standard output, rank 0 only). Cells are shown with `str`; numbers align right."""
     if process_rank() != 0:
         return
-    grid = Table(title=title, title_justify="left", show_edge=False)
+    grid = Table(show_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         grid.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
     for row in rows:
         grid.add_row(*(str(cell) for cell in row))
-    Console(soft_wrap=False).print(grid)
+    # Wider than the usual 80 columns where nothing wraps: in files and pipes.
+    out = Console() if sys.stdout.isatty() else Console(width=FILE_COLUMNS)
+    out.print(title, markup=False, highlight=False, soft_wrap=True, style="bold")
+    out.print(grid)
 
 
 @contextmanager
