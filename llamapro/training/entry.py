@@ -16,6 +16,7 @@ from llamapro import console
 from llamapro.checkpoint.discover import find_checkpoint
 from llamapro.config.load import dump_config, load_config
 from llamapro.config.root import RunConfig
+from llamapro.engine.environment import world_size
 from llamapro.errors import RetryLater, UserError
 from llamapro.files.lock import RunLock
 from llamapro.ranks import Ranks
@@ -32,11 +33,6 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     """Run one rank of a training job; returns its exit code."""
     own, overrides = _parser(stage).parse_known_args(list(sys.argv[1:] if argv is None else argv))
     return console.guarded(lambda: _run(stage, own, overrides), debug=own.debug)
-
-
-def world_size() -> int:
-    """Ranks of the job, as its launcher states it before any process group exists."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def command_line() -> str:
