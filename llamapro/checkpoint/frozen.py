@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from llamapro.expansion.families import family_named, parse_block_index
+from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import ExpansionRecord
 from llamapro.files.digests import FOLD_MASK, FOLD_ODD
 from llamapro.ranks import Ranks
@@ -108,12 +108,8 @@ def _slice_sums(values: torch.Tensor, start: int, stored: torch.dtype) -> torch.
 
 def _expected(record: ExpansionRecord, trainable: Collection[str]) -> list[str]:
     """Base tensors that neither this run nor an earlier one trains or trained."""
-    family = family_named(record.family)
-    changed = {*trainable, *record.trained.tensors}
-    blocks = set(record.trained.blocks)
-    return [
-        name for name in record.base_tensors if name not in changed and parse_block_index(family, name) not in blocks
-    ]
+    trains = set(trainable)
+    return [name for name in untrained_base_tensors(record) if name not in trains]
 
 
 def _problem(record: ExpansionRecord, name: str, sums: list[int]) -> str:

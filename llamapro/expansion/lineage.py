@@ -1,8 +1,14 @@
 """What was trained, and a model that is expanded again: its earlier record becomes the youngest ancestor."""
 
-from llamapro.expansion.families import Family, block_tensor_name, parse_block_index, split_block_name
+from llamapro.expansion.families import (
+    Family,
+    block_tensor_name,
+    family_named,
+    parse_block_index,
+    split_block_name,
+)
 from llamapro.expansion.layout import Layout
-from llamapro.expansion.record import ExpansionRecord, LineageEntry, Trained
+from llamapro.expansion.record import ExpansionRecord, LineageEntry, TensorDigest, Trained
 
 
 def lineage_after(previous: ExpansionRecord | None, family: Family, layout: Layout) -> tuple[LineageEntry, ...]:
@@ -27,6 +33,13 @@ def lineage_after(previous: ExpansionRecord | None, family: Family, layout: Layo
 def is_trained(family: Family, trained: Trained, name: str) -> bool:
     """Whether a tensor may differ from the base: its block, or it itself, was trained."""
     return name in trained.tensors or parse_block_index(family, name) in trained.blocks
+
+
+def untrained_base_tensors(record: ExpansionRecord) -> dict[str, TensorDigest]:
+    """The base tensors that nothing has trained since the expansion: they must still be the base's, bit for bit."""
+    family = family_named(record.family)
+    tensors = record.base_tensors.items()
+    return {name: digest for name, digest in tensors if not is_trained(family, record.trained, name)}
 
 
 def _moved(entry: LineageEntry, family: Family, layout: Layout) -> LineageEntry:

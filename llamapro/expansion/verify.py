@@ -12,7 +12,7 @@ from llamapro import console
 from llamapro.errors import CheckFailed, ModelRefused
 from llamapro.expansion.config import per_layer_lists
 from llamapro.expansion.families import Family, block_tensor_name, family_named, parse_block_index, split_block_name
-from llamapro.expansion.lineage import is_trained
+from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import CONFIG_NAME, RECORD_NAME, ExpansionRecord, TensorDigest, read_record
 from llamapro.expansion.source import read_config
 from llamapro.expansion.streams import Advance, counted, observed, sha256_of
@@ -121,11 +121,7 @@ def expected_tensors(record: ExpansionRecord) -> dict[str, TensorDigest]:
 
 
 def _check_base_tensors(model: _Model) -> RuleResult:
-    untrained = {
-        name: digest
-        for name, digest in model.record.base_tensors.items()
-        if not is_trained(model.family, model.record.trained, name)
-    }
+    untrained = untrained_base_tensors(model.record)
     problems = _differing(model, untrained, "differs from the base (SHA-256)")
     return RuleResult("base tensors are bit-identical to the base as written", len(untrained), tuple(problems))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamapro.expansion.families import family_named, parse_block_index
-from llamapro.expansion.lineage import is_trained
+from llamapro.expansion.lineage import is_trained, untrained_base_tensors
 from llamapro.expansion.record import CONFIG_KEY, ExpansionRecord, TensorDigest, Trained, compact
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -19,17 +19,6 @@ class WrittenTensor:
     dtype: str
     sha256: str
     fold: str
-
-
-def untouched_tensors(record: ExpansionRecord) -> dict[str, str]:
-    """SHA-256, as written by `expand`, of each base tensor that nothing has trained since."""
-    family = family_named(record.family)
-    trained = set(record.trained.tensors)
-    return {
-        name: digest.sha256
-        for name, digest in record.base_tensors.items()
-        if name not in trained and parse_block_index(family, name) not in record.trained.blocks
-    }
 
 
 def carried_record(
@@ -55,7 +44,7 @@ def carried_record(
     digests = {name: tensor.sha256 for name, tensor in written.items() if is_trained(family, trained, name)}
     trained = trained.model_copy(update={"digests": digests})
     base_tensors = dict(record.base_tensors)
-    for name in untouched_tensors(updated):
+    for name in untrained_base_tensors(updated):
         base_tensors[name] = _as_written(base_tensors[name], written[name])
     return updated.model_copy(update={"base_tensors": base_tensors, "trained": trained})
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from llamapro.checkpoint.tensors import CheckpointTensors
 from llamapro.errors import Corrupted, UserError
+from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import ExpansionRecord
-from llamapro.export.carry import WrittenTensor, untouched_tensors
+from llamapro.export.carry import WrittenTensor
 from llamapro.files.tensors import (
     DTYPE_BYTES,
     FLOAT_DTYPES,
@@ -56,7 +57,7 @@ def merged_tensors(
         Corrupted: the folder lacks a tensor of the record.
     """
     _require_same_model(model, trained)
-    untouched = untouched_tensors(record) if record else {}
+    untouched = {name: digest.sha256 for name, digest in untrained_base_tensors(record).items()} if record else {}
     if missing := sorted(set(untouched) - set(model.entries)):
         raise Corrupted(f"{model.folder} lacks the base tensor {missing[0]}; expand the base again")
     return [_merged(model, name, untouched.get(name), trained, dtype) for name in model.entries]

@@ -65,7 +65,7 @@ def build_model(
     mark_trainable(hf, trainable, decoder_prefix)
     prepare_blocks(blocks, trainable)
     make_loss_head(_plain_head(hf))
-    expected = {} if record is None else expected_digests(record, decoder_prefix, digest_share)
+    expected = {} if record is None else expected_digests(record, digest_share)
     reader = open_weights(hf, TensorFolder.open(folder), dtype, device, expected)
     config.dtype = dtype
     partitioned_fill(hf, blocks, reader, partition)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from llamapro.errors import Corrupted, ModelRefused
+from llamapro.expansion.families import family_named
+from llamapro.expansion.lineage import is_trained
 from llamapro.expansion.record import ExpansionRecord, TensorDigest
 from llamapro.expansion.verify import expected_tensors
 from llamapro.files.tensors import DTYPE_BYTES, FLOAT_DTYPES, TensorEntry, TensorFolder, zero_chunks
-from llamapro.modeling.trainable import block_index
 
 # Rotary frequencies, stored by old versions of transformers; they are computed from the configuration instead.
 COMPUTED_SUFFIX = "rotary_emb.inv_freq"
@@ -135,7 +136,7 @@ def fill_units(model: nn.Module, blocks: nn.ModuleList) -> Iterator[nn.Module]:
             yield module
 
 
-def expected_digests(record: ExpansionRecord, decoder_prefix: str, share: tuple[int, int]) -> dict[str, str]:
+def expected_digests(record: ExpansionRecord, share: tuple[int, int]) -> dict[str, str]:
     """SHA-256 of the tensors that one of several processes checks, dealt out by turns: those never trained, and those
     that an export noted.
 
@@ -146,11 +147,8 @@ def expected_digests(record: ExpansionRecord, decoder_prefix: str, share: tuple[
     """
     rank, world_size = share
     tensors, trained, zeroed = expected_tensors(record), record.trained, set(record.zeroed)
-    untouched = [
-        name
-        for name in sorted(tensors)
-        if name not in trained.tensors and block_index(name, decoder_prefix) not in trained.blocks
-    ]
+    family = family_named(record.family)
+    untouched = [name for name in sorted(tensors) if not is_trained(family, trained, name)]
     digests = {
         name: _sha256_of_zeros(tensors[name]) if name in zeroed else tensors[name].sha256
         for name in untouched[rank::world_size]

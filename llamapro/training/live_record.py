@@ -10,9 +10,9 @@ from pathlib import Path
 from llamapro.expansion.record import ExpansionRecord, TensorDigest
 from llamapro.files.tensors import DTYPE_BYTES, RunningDigest, TensorFolder, cast_chunks
 from llamapro.ranks import Ranks
+from llamapro.training.model_facts import EXACT_DTYPES
 
 HELD_DTYPE = {"bf16": "BF16", "float32": "F32"}
-_EXACT = {"BF16": {"BF16"}, "F32": {"F32", "BF16", "F16"}}
 
 
 def record_in_memory(record: ExpansionRecord, folder: Path, precision: str, ranks: Ranks) -> ExpansionRecord:
@@ -23,8 +23,9 @@ def record_in_memory(record: ExpansionRecord, folder: Path, precision: str, rank
         precision: `engine.precision`.
     """
     held = HELD_DTYPE[precision]
-    rounded = [name for name, digest in record.base_tensors.items() if digest.dtype not in _EXACT[held]]
-    mine = {name: _digest_when_cast(folder, name, held) for name in rounded[ranks.rank :: ranks.world_size]}
+    rounded = [name for name, digest in record.base_tensors.items() if digest.dtype not in EXACT_DTYPES[precision]]
+    stored = TensorFolder.open(folder)
+    mine = {name: _digest_when_cast(stored, name, held) for name in rounded[ranks.rank :: ranks.world_size]}
     tensors = dict(record.base_tensors)
     for part in ranks.all_gather_json(mine):
         for name, (sha256, fold) in part.items():
@@ -33,8 +34,7 @@ def record_in_memory(record: ExpansionRecord, folder: Path, precision: str, rank
     return record.model_copy(update={"base_tensors": tensors})
 
 
-def _digest_when_cast(folder: Path, name: str, held: str) -> tuple[str, str]:
-    tensors = TensorFolder.open(folder)
+def _digest_when_cast(tensors: TensorFolder, name: str, held: str) -> tuple[str, str]:
     digest = RunningDigest(DTYPE_BYTES[held])
     for chunk in cast_chunks(tensors.chunks(name), tensors.entries[name].dtype, held):
         digest.update(chunk)

@@ -18,7 +18,7 @@ from llamapro.training.findings import Findings
 
 Stage = Literal["pretrain", "sft"]
 # Weights of these dtypes are represented exactly in the precision's dtype.
-_EXACT = {"bf16": {"BF16"}, "float32": {"F32", "BF16", "F16"}, "fp8-frozen": {"BF16"}}
+EXACT_DTYPES = {"bf16": {"BF16"}, "float32": {"F32", "BF16", "F16"}, "fp8-frozen": {"BF16"}}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _check_dtype(config: RunConfig, tensors: TensorFolder, findings: Findings) -
     found = {entry.dtype for entry in tensors.entries.values()}
     if strange := sorted(found - set(FLOAT_DTYPES)):
         findings.problem("model.path", f"{tensors.folder} has {', '.join(strange)} weights, which can't be trained")
-    elif (rounded := sorted(found - _EXACT[precision])) and not config.model.allow_cast:
+    elif (rounded := sorted(found - EXACT_DTYPES[precision])) and not config.model.allow_cast:
         names = ", ".join(FLOAT_DTYPES[dtype] for dtype in rounded)
         out = "`llamapro expand --dtype bf16`" if precision != "float32" else "`llamapro expand --dtype float32`"
         wider = "" if precision == "float32" else ", or set engine.precision: float32"
