@@ -4,7 +4,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from data_tools.pool import StartPool, usable_cores, worker_pool
 from data_tools.request import BuildRequest
 from llamapro import console
 from llamapro.data.manifest import DatasetManifest
+
+SECONDS_TO_SPEAK = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,12 +141,15 @@ def _build(arguments: argparse.Namespace, start_pool: StartPool) -> int:
 
 def _parse_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """All ranks read the same options; the first one alone shows help or what is wrong with them."""
-    with ExitStack() as stack:
-        if console.process_rank() != 0:
-            silence = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
+    if console.process_rank() == 0:
         return parser.parse_args(argv)
+    try:
+        with Path(os.devnull).open("w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+            return parser.parse_args(argv)
+    except SystemExit as ending:
+        # A launcher ends all ranks with the first that fails: that must be the one that says why.
+        time.sleep(SECONDS_TO_SPEAK if ending.code else 0)
+        raise
 
 
 def _show_built(output: Path, manifest: DatasetManifest, seconds: float) -> None:
