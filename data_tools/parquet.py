@@ -1,6 +1,10 @@
-"""Text columns of parquet files, read by row group."""
+"""Text columns of parquet files, read by row group in little memory, however often a text is repeated in one.
 
-from collections.abc import Iterator, Sequence
+A file keeps repeated texts once, as a dictionary, so a small row group can stand for gigabytes. Small ones are read as
+the dictionary and indices into it. Large ones are not: the reader would collect all their texts in one.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,10 @@ from typing import Any
 from data_tools.streams import Damaged
 from llamapro.errors import DataError
 
-_BATCH_ROWS = 1024
+# Dictionaries are about a megabyte in most files, so that a batch of repeated texts is not much more than this many.
+_BATCH_ROWS = 128
 _BATCH_BYTES = 16 << 20
+_SMALL_GROUP_BYTES = 16 << 20
 _REMEDY = "replace it or leave it out"
 
 
@@ -40,15 +46,28 @@ def column_values(path: Path, text_field: str, start: int, stop: int | None) -> 
     Raises:
         Damaged: the file is damaged or cut.
     """
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     groups = _row_groups(path, text_field)[start:stop]
-    numbers = list(range(start, start + len(groups)))
     with _damage_named(path):
-        for batch in _open(path, text_field).iter_batches(
-            _batch_rows(groups), row_groups=numbers, columns=[text_field]
-        ):
-            yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+        plain = pyarrow.parquet.ParquetFile(path)
+        by_dictionary = pyarrow.parquet.ParquetFile(path, read_dictionary=[text_field])
+        for number, (rows, size) in enumerate(groups, start):
+            file = by_dictionary if size <= _SMALL_GROUP_BYTES else plain
+            options = {"row_groups": [number], "columns": [text_field]}
+            for batch in file.iter_batches(_batch_rows(rows, size), **options):
+                yield from _texts(batch.column(0))
+
+
+def _texts(column: Any) -> Iterator[bytes | None]:
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(column.type):
+        yield from column.cast(pyarrow.large_binary()).to_pylist()
+        return
+    texts = column.dictionary.cast(pyarrow.large_binary())
+    for index in column.indices.to_pylist():
+        yield None if index is None else texts[index].as_py()
 
 
 def row_values(path: Path) -> Iterator[dict[str, Any]]:
@@ -57,16 +76,15 @@ def row_values(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         Damaged: the file is damaged or cut.
     """
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     with _damage_named(path):
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_BATCH_ROWS):
             yield from batch.to_pylist()
 
 
-def _batch_rows(groups: Sequence[tuple[int, int]]) -> int:
+def _batch_rows(rows: int, size: int) -> int:
     """So many rows at once that long texts don't fill the memory."""
-    rows, size = sum(count for count, _ in groups), sum(size for _, size in groups)
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
 
 
@@ -90,6 +108,7 @@ def _open(path: Path, text_field: str) -> Any:
     if text_field not in names:
         raise DataError(f"{path} has no column {text_field!r}; it has {', '.join(names)}: pass one as --text-field")
     kind = schema.field(names.index(text_field)).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise DataError(f"{path}: column {text_field!r} holds {kind}, not text; pass another as --text-field")
     return file

@@ -128,12 +128,18 @@ def _settings(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file() or name == "added_tokens.json":
             continue
-        try:
-            value = orjson.loads(path.read_bytes())
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from error
-        merged.update({key: item for key, item in value.items() if item is not None})
+        merged.update({key: item for key, item in _json_object(path).items() if item is not None})
     return merged
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} should hold one JSON object; restore the model's own file")
+    return value
 
 
 def _special_id(name: str, settings: dict[str, Any], vocabulary: _Vocabulary) -> int | None:
@@ -165,7 +171,7 @@ def _sentencepiece_vocabulary(path: Path, folder: Path) -> _Vocabulary:
     added = {text: i for text, i in ids.items() if processor.is_control(i) or processor.is_unknown(i)}
     extra = folder / "added_tokens.json"
     if extra.is_file():
-        added |= orjson.loads(extra.read_bytes())
+        added |= _json_object(extra)
     identity = tokenizer_identity(added, lambda text: list(processor.encode(text)))
     # As in transformers 5: without a tokenizer.json, BOS is added exactly where the settings ask for it.
     first_added = processor.bos_id() if _settings(folder).get("add_bos_token") is True else None

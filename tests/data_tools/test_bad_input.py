@@ -60,8 +60,12 @@ def test_an_invalid_row_has_its_own_reason_and_the_next_is_read(tmp_path):
         (b'{"text": ["a"]}', "field 'text' is not text"),
         (b'{"text": null}', "no field 'text'"),
         (b'{"text": true}', "field 'text' is not text"),
+        (b'{"text": 5}', "field 'text' is not text"),
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b"[" * 5000, "JSON nested too deeply"),
         (b'{"Text": "a"}', "no field 'text'"),
         (b'"text"', "not a JSON object"),
+        (b"[1]", "not a JSON object"),
         (b'{"text": "\\u2003\\n"}', "empty text"),
     ]
     lines = [line for bad, _ in cases for line in (bad, b'{"text": "good"}')]
@@ -225,6 +229,27 @@ def test_a_line_that_would_fill_the_memory_is_left_out_in_bounded_memory(tmp_pat
     (found, peak), (nothing, least) = read_and_peak(bomb), read_and_peak(small)
     assert (found, nothing) == (["0 longer than 64 MiB"], [])
     assert peak < least + 4 * readers.MAX_ROW_BYTES
+
+
+def test_a_column_of_repeated_texts_takes_the_memory_of_its_dictionary(tmp_path):
+    """A gigabyte of text that a writer stored as one text and a thousand references to it."""
+    texts = pa.table({"text": ["a long text " * 80_000] * 1024})
+    pq.write_table(texts, tmp_path / "a.parquet")
+    pq.write_table(texts.slice(0, 1), tmp_path / "one.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2 << 20 and texts.nbytes > 900 << 20
+    (found, peak), (nothing, least) = read_and_peak(tmp_path / "a.parquet"), read_and_peak(tmp_path / "one.parquet")
+    assert found == nothing == []
+    assert peak < least + (64 << 20)
+
+
+def test_a_large_row_group_of_different_texts_is_not_held_whole(tmp_path):
+    texts = pa.table({"text": [os.urandom(50_000).hex() for _ in range(1600)]})
+    pq.write_table(texts, tmp_path / "a.parquet")
+    pq.write_table(texts.slice(0, 1), tmp_path / "one.parquet")
+    (found, peak), (_, least) = read_and_peak(tmp_path / "a.parquet"), read_and_peak(tmp_path / "one.parquet")
+    assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 1 and texts.nbytes > 150 << 20
+    assert found == []
+    assert peak < least + (100 << 20)
 
 
 def test_a_paragraph_without_end_is_left_out_and_not_kept(tmp_path, monkeypatch):

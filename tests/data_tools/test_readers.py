@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_tools import readers
 from data_tools.inputs import find_inputs, plan_units
 from data_tools.plan import ContentOptions, WorkUnit
-from data_tools.readers import Blank, Document, Reject, WholeReject, read_unit
+from data_tools.readers import Document, Reject, WholeReject, read_unit
 from llamapro.errors import DataError
 
 
@@ -69,12 +69,6 @@ def test_compressed_and_plain_files_hold_the_same(tmp_path, name, pack):
     assert texts(read(tmp_path / name)) == lines
 
 
-def test_several_compressed_frames_are_one_file(tmp_path):
-    compress = zstandard.ZstdCompressor().compress
-    (tmp_path / "a.txt.zst").write_bytes(compress(b"one\ntwo\n") + compress(b"") + compress(b"three"))
-    assert texts(read(tmp_path / "a.txt.zst", "line")) == ["one", "two", "three"]
-
-
 @pytest.mark.parametrize("cut", [1, 9, 200])
 @pytest.mark.parametrize(("name", "pack"), [("gz", gzip.compress), ("zst", zstandard.ZstdCompressor().compress)])
 def test_a_cut_compressed_file_can_not_be_used_and_is_no_end(tmp_path, name, pack, cut):
@@ -95,23 +89,6 @@ def test_text_files_are_one_document_or_split_by_line_or_paragraph(tmp_path):
     assert [(item.row, item.text) for item in found] == [(0, "one\ntwo"), (4, "three"), (7, "four\nfive")]
 
 
-def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path):
-    lines = [
-        b'\xef\xbb\xbf{"text": "after a byte order mark"}', b"", b'{"text": 5}', b'{"body": "x"}', b"[1]", b"{",
-        b'{"text": "\xff"}', b'{"text": "a\\u0000b"}', b'{"text": " \\n"}',
-        b'{"text": "\\ud800"}', b"[" * 5000, b'{"text": "good"}',
-    ]  # fmt: skip
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    items = read(tmp_path / "a.jsonl")
-    assert texts(items) == ["after a byte order mark", "good"]
-    assert rejects(items) == [
-        (2, "field 'text' is not text"), (3, "no field 'text'"), (4, "not a JSON object"), (5, "invalid JSON"),
-        (6, "invalid UTF-8"), (7, "NUL character"), (8, "empty text"), (9, "lone surrogate"),
-        (10, "JSON nested too deeply"),
-    ]  # fmt: skip
-    assert [item.row for item in items if isinstance(item, Blank)] == [1]
-
-
 @pytest.mark.parametrize("split", ["file", "paragraph", "line"])
 def test_rows_that_are_too_long_are_left_out_without_being_loaded(tmp_path, monkeypatch, split):
     monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
@@ -130,6 +107,26 @@ def test_parquet_text_comes_by_row_group_with_missing_values_left_out(tmp_path):
     items = read(tmp_path / "a.parquet", text_field="body")
     assert texts(items) == [value for value in values if value]
     assert rejects(items) == [(7, "no value in column 'body'")]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array, lambda values: pa.array(values).dictionary_encode(), lambda values: pa.array(values, pa.large_string())],
+)
+def test_parquet_texts_are_the_same_however_they_are_stored(tmp_path, column):
+    """As a dictionary, as one that is given up for plain values, or plain; with gaps, over several row groups."""
+    texts_ = [None if i % 7 == 3 else f"text {i % 5 if i < 40 else i} é" * (1 + i % 3) for i in range(90)]
+    stored = column(texts_)
+    for name, options in (
+        ("dictionary", {}),
+        ("given up", {"dictionary_pagesize_limit": 200, "data_page_size": 100}),
+        ("plain", {"use_dictionary": False}),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"n": list(range(90)), "text": stored}), path, row_group_size=32, **options)
+        items = read(path)
+        assert texts(items) == [text for text in texts_ if text]
+        assert rejects(items) == [(i, "no value in column 'text'") for i, text in enumerate(texts_) if text is None]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,25 @@ def test_a_broken_tokenizer_is_refused_by_name(folder, content):
         read_tokenizer(folder)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "should hold one JSON object"), ("{", "not valid JSON"), ("\udcff", "not valid JSON")],
+)
+def test_a_broken_settings_file_is_refused_by_name(folder, name, content, message):
+    (folder / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(DataError, match=f"{name} .*{message}"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "x"])
+def test_a_broken_list_of_added_tokens_is_refused_by_name(tmp_path, content):
+    folder = save_sentencepiece(tmp_path / "sp")
+    (folder / "added_tokens.json").write_text(content)
+    with pytest.raises(DataError, match="added_tokens.json"):
+        read_tokenizer(folder)
+
+
 def test_places_without_a_tokenizer_are_refused(tmp_path):
     with pytest.raises(DataError, match="neither tokenizer.json nor tokenizer.model"):
         read_tokenizer(tmp_path)
