@@ -1,39 +1,49 @@
 """All libraries give the same ids for the same tokenizer: on every code point, and on strings made to break it.
 
-Both families of tokenizers: byte-level BPE, and BPE with byte fallback as of sentencepiece. `make test-slow` has 60,000
-strings.
+Tokenizers of both families and of all the ways in which models state them; `make test-slow` has every code point for
+all of them, and 60,000 strings.
 """
 
 import numpy as np
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_tools.encoders import open_encoder
-from data_tools.parity import first_difference
-from tests.support.data import WORDS, save_sentencepiece, save_tokenizer
+from data_tools.parity import awkward_texts, first_difference
+from tests.support.data import WORDS, random_texts, save_sentencepiece
+from tests.support.tokenizers import KINDS, save_kind
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "[INST]", "<0x0A>", "<pad>")
 FEW = 3_000
 MANY = 60_000
 POINTS = [chr(point) for point in range(1, 0x110000) if not 0xD800 <= point < 0xE000]
+# Of each family the one that most models have; the others' code points are for the slow tests.
+SWEPT = ("llama-2", "llama-3")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_sentencepiece(tmp_path_factory.mktemp("sp") / "m")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kinds")
 
 
-@pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
-def both(request, model, tmp_path_factory):
-    """fastokens and its reference, for one tokenizer.json; and the ids of its special tokens."""
-    folder = tmp_path_factory.mktemp("json")
-    if request.param == "byte-level":
-        save_tokenizer(folder)
-    else:
-        transformers.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    special = transformers.AutoTokenizer.from_pretrained(folder).all_special_ids
-    path = folder / "tokenizer.json"
-    return open_encoder(path, "fastokens"), open_encoder(path, "tokenizers"), special
+@pytest.fixture(scope="module")
+def opened(folder):
+    """By kind: fastokens and its reference, and the ids of the special tokens."""
+    found = {}
+    for number, kind in enumerate(KINDS):
+        (folder / str(number)).mkdir()
+        path = save_kind(kind, folder / str(number))
+        reference = open_encoder(path, "tokenizers")
+        special = [i for i, token in reference._tokenizer.get_added_tokens_decoder().items() if token.special]
+        found[kind] = (open_encoder(path, "fastokens"), reference, special)
+    return found
+
+
+@pytest.fixture(params=KINDS)
+def both(opened, request):
+    return opened[request.param]
 
 
 def fuzz_strings(count, seed=11):
@@ -58,12 +68,16 @@ def fuzz_strings(count, seed=11):
 
 
 def code_points():
-    """Every code point after a letter, and before one."""
-    return ["".join(f"{point}a" for point in POINTS[start : start + 512]) for start in range(0, len(POINTS), 512)]
+    """Every code point after a letter and before one, and after its neighbour and before the other."""
+    chunks = [POINTS[start : start + 512] for start in range(0, len(POINTS), 512)]
+    return [separator.join(chunk) for chunk in chunks for separator in ("a", "")]
 
 
-def test_every_code_point_has_the_ids_of_the_reference(both):
-    assert first_difference(both[0], both[1], code_points()) is None
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in SWEPT else pytest.mark.slow) for kind in KINDS]
+)
+def test_every_code_point_has_the_ids_of_the_reference(opened, kind):
+    assert first_difference(*opened[kind][:2], code_points()) is None
 
 
 @pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
@@ -73,25 +87,41 @@ def test_strings_of_all_sorts_have_the_ids_of_the_reference(both, count):
     assert first_difference(both[0], both[1], strings) is None
 
 
+def test_texts_awkward_strings_and_the_edges_of_texts_have_the_ids_of_the_reference(both):
+    edges = [before + text for before in ("", " ", "  ", "\u2581", "\u2581 ") for text in ("", "a", "a b", " \u2581")]
+    assert first_difference(*both[:2], [*edges, *awkward_texts(SPECIAL), *random_texts(300, seed=3)]) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(max_size=60), max_size=6))
+@pytest.mark.parametrize("kind", SWEPT)
+def test_any_batch_of_texts_has_the_ids_of_the_reference(opened, kind, texts):
+    assert first_difference(*opened[kind][:2], texts) is None
+
+
 def test_no_special_token_comes_out_of_any_text(both):
     strings = [*fuzz_strings(FEW, seed=12), *(f"a{text}b {text}" for text in SPECIAL)]
+    assert len(both[2]) >= 3
     for encoder in both[:2]:
         assert not np.isin(encoder.encode(strings)[0], both[2]).any()
 
 
-def test_the_comparison_sees_one_other_id_among_many(both):
+def test_the_comparison_sees_one_other_id_among_many(opened):
+    _, reference, _ = opened["llama-3"]
+
     class Wrong:
         def encode(self, texts):
-            ids, offsets = both[1].encode(texts)
+            ids, offsets = reference.encode(texts)
             wrong = ids.copy()
             wrong[offsets[:-1][[text == "the odd one" for text in texts]]] += 1
             return wrong, offsets
 
-    assert first_difference(Wrong(), both[1], [*fuzz_strings(600), "the odd one", "x"]) == "the odd one"
+    assert first_difference(Wrong(), reference, [*fuzz_strings(600), "the odd one", "x"]) == "the odd one"
 
 
-def test_a_converted_tokenizer_has_the_ids_of_its_sentencepiece_model(model, tmp_path):
+def test_a_converted_tokenizer_has_the_ids_of_its_sentencepiece_model(tmp_path):
     """Not of texts of white space alone or around: there the conversion differs by a rule."""
+    model = save_sentencepiece(tmp_path / "m")
     transformers.AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
     reference = open_encoder(model / "tokenizer.model", "sentencepiece")
     strings = [f"a{text}b" for text in fuzz_strings(FEW, seed=13)]
