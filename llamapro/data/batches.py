@@ -79,6 +79,13 @@ class Batch:
         """How many."""
         return int(self.input_ids.shape[0])
 
+    @property
+    def boundaries(self) -> IntArray:
+        """(documents + 1,) int32: where each document begins when rows are laid end to end, then the tokens of all."""
+        begins = np.ones(self.position_ids.shape, dtype=bool)
+        begins[:, 1:] = self.position_ids[:, 1:] != self.position_ids[:, :-1] + 1
+        return np.append(np.flatnonzero(begins), self.position_ids.size).astype(np.int32)
+
 
 def pad_rows(batch: Batch, rows: int) -> Batch:
     """The batch with rows without loss appended until it has `rows`."""

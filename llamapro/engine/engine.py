@@ -131,9 +131,15 @@ class Engine:
         )
         return stage3_partitioner(configuration)
 
-    def forward_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> LossOutput:
-        """The loss of one micro-batch; each argument (rows, S) int64 on the rank's device."""
-        output: LossOutput = self._deepspeed(input_ids, labels, position_ids)
+    def forward_loss(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        boundaries: torch.Tensor | None = None,
+    ) -> LossOutput:
+        """The loss of one micro-batch, as `LanguageModel.forward` takes it, on the rank's device."""
+        output: LossOutput = self._deepspeed(input_ids, labels, position_ids, boundaries)
         return output
 
     def backward(self, loss_sum: torch.Tensor, global_valid_tokens: int) -> None:

@@ -7,23 +7,23 @@ This is for models that call transformers' attention interface; `masks` is for t
 """
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llamapro.errors import ModelRefused, UserError
+from llamapro.modeling.by_document import attend_by_document
+from llamapro.modeling.flash import Flash, newest_flash
+from llamapro.modeling.kernels import as_wide_as_keys
 
 ATTENTION_NAME = "llamapro"
 LARGEST_FLASH_HEAD = 256
 BY_THE_MODEL = "model"
-WRITTEN_OUT = "written-out"
+VARLEN = "varlen"
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class AttentionNeeds:
     Attributes:
         head_dim: width of the queries and keys of a head.
         own: why no kernel of ours can compute it; empty when one can.
-        written_out: why the scores must be at hand, which no fused kernel offers; empty when they needn't.
+        scores: why the scores must be at hand, which no fused kernel offers; empty when they needn't.
+        windows: whether some layers see a window only.
     """
 
     head_dim: int
     own: str = ""
-    written_out: str = ""
+    scores: str = ""
+    windows: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,14 @@ class AttentionChoice:
     """The kernel that was chosen, and why.
 
     Attributes:
-        name: varlen (FlashAttention over all documents at once); sdpa, cudnn, math or written-out (one call per
-            document); or model (the model's own code, with a mask that keeps documents apart).
+        name: varlen (FlashAttention over all documents at once); a name in `kernels.KERNELS` (one call per document);
+            or model (the model's own code, with a mask that keeps documents apart).
+        flash: which FlashAttention; None where another kernel computes.
     """
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How one attention layer scores keys.
-
-    Attributes:
-        scale: of the products.
-        window: positions see at most this many tokens, themselves included; None: all.
-        softcap: scores s become cap · tanh(s / cap); None: they stay.
-        sinks: (heads,) scores that take part in every softmax and stand for no token; None: there are none.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-
-
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "PackedDocuments", Scoring], torch.Tensor]
+    flash: Flash | None = None
 
 
 @dataclass(frozen=True)
@@ -86,18 +70,16 @@ class PackedDocuments:
     """Where the documents of a batch lie, when its rows are laid end to end.
 
     Attributes:
-        kernel: what attends within them.
+        kernel: what attends within them: `AttentionChoice.name`.
         boundaries: (documents + 1,) int32 on the batch's device: begin of each document, then the number of tokens.
-        lengths: tokens of each document; empty when the kernel reads `boundaries`.
         longest: no document has more tokens.
-        attended: ids of the modules that attended within these documents.
+        attended: ids of the modules that attended within these documents; None: nobody asks.
     """
 
-    kernel: Kernel
+    kernel: str
     boundaries: torch.Tensor
-    lengths: tuple[int, ...]
     longest: int
-    attended: set[int] = field(default_factory=set)
+    attended: set[int] | None = None
 
 
 def choose_attention(
@@ -111,44 +93,75 @@ def choose_attention(
     Raises:
         UserError: a kernel is asked for by name that can't run here.
     """
-    if requested != "auto" and (reason := needs.own or needs.written_out):
-        raise UserError(f"engine.attention: {requested} can't run: {reason}; use auto")
+    if requested == "auto":
+        return _fastest(device, dtype, needs)
+    if obstacle := _obstacle(requested, device, dtype, needs):
+        raise UserError(f"engine.attention: {requested} can't run: {obstacle}; use auto")
+    reason = f"asked for: {requested}"
+    if requested == "flash":
+        return _varlen(device, needs, reason)
+    return AttentionChoice(_fused_kernel(device) if requested == "sdpa" else requested, reason)
+
+
+def _fastest(device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> AttentionChoice:
     if needs.own:
         return AttentionChoice(BY_THE_MODEL, f"transformers' own, with a mask between documents: {needs.own}")
-    if needs.written_out:
-        return AttentionChoice(WRITTEN_OUT, f"score by score, one call per document: {needs.written_out}")
-    obstacle = _varlen_obstacle(device, dtype, needs.head_dim)
-    if requested == "auto":
-        if obstacle:
-            return AttentionChoice("sdpa", f"one call per document: {obstacle}")
-        return AttentionChoice("varlen", "FlashAttention over all documents at once")
+    if needs.scores:
+        return AttentionChoice("math", f"score by score, one call per document: {needs.scores}")
+    if obstacle := _varlen_obstacle(device, dtype, needs.head_dim):
+        return AttentionChoice(_fused_kernel(device), f"one call per document: {obstacle}")
+    return _varlen(device, needs, "FlashAttention over all documents at once")
+
+
+def _varlen(device: torch.device, needs: AttentionNeeds, reason: str) -> AttentionChoice:
+    flash = newest_flash(_capability(device), needs.head_dim)
+    return AttentionChoice(VARLEN, f"{reason}: {flash.name} ({flash.reason})", flash)
+
+
+def _obstacle(requested: str, device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> str:
+    """Why a kernel asked for by name can't run; empty when it can."""
+    if needs.own:
+        return needs.own
+    if requested == "math":
+        return ""
+    if needs.scores:
+        return needs.scores
     if requested == "flash":
-        if obstacle:
-            raise UserError(f"engine.attention: flash can't run: {obstacle}; use auto")
-        return AttentionChoice("varlen", "asked for: flash")
+        return _varlen_obstacle(device, dtype, needs.head_dim)
     if requested == "cudnn" and device.type != "cuda":
-        raise UserError(f"engine.attention: cudnn needs a CUDA device, not {device.type}; use auto")
-    if requested not in _SDPA_BACKENDS:
-        raise UserError(f"engine.attention: {requested!r} is none of auto, flash, cudnn, sdpa, math")
-    return AttentionChoice(requested, f"asked for: {requested}")
+        return f"cuDNN is for CUDA devices, not for {device.type}"
+    if requested == "cudnn" and needs.windows:
+        return "the model's attention has sliding windows, which cuDNN isn't given here"
+    return ""
 
 
-def pack_documents(position_ids: torch.Tensor, choice: AttentionChoice) -> PackedDocuments:
-    """Find the documents of a batch, once per forward pass.
+def _fused_kernel(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "efficient"
+
+
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 0
+
+
+def pack_documents(
+    position_ids: torch.Tensor, choice: AttentionChoice, boundaries: torch.Tensor | None = None
+) -> PackedDocuments:
+    """Where the documents of a batch lie, once per forward pass.
 
     Args:
         position_ids: (rows, S) int64.
+        boundaries: (documents + 1,) int32, where that is known; reading it off position ids waits for the device.
     """
-    rows, length = position_ids.shape
+    found = document_boundaries(position_ids) if boundaries is None else boundaries
+    return PackedDocuments(choice.name, found, position_ids.shape[1])
+
+
+def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """(documents + 1,) int32: where each document begins when rows are laid end to end, then the number of tokens."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     starts = begins.flatten().nonzero().flatten()
-    boundaries = F.pad(starts, (0, 1), value=rows * length).to(torch.int32)
-    if choice.name == "varlen":
-        return PackedDocuments(_attend_varlen, boundaries, (), length)
-    lengths = tuple(boundaries.diff().tolist())
-    kernel = _written_out if choice.name == WRITTEN_OUT else _sdpa(_SDPA_BACKENDS[choice.name])
-    return PackedDocuments(kernel, boundaries, lengths, max(lengths))
+    return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
 
 
 def register_attention() -> str:
@@ -175,7 +188,7 @@ def attend(
     Args:
         query: (rows, heads, S, head_dim); key and value may have fewer heads, the value another width.
         attention_mask: says whether the layer has a window, as it does to transformers' default kernel.
-        softcap, s_aux: see `Scoring`.
+        softcap: see `kernels.Scoring`; s_aux: (heads,) attention sinks.
         documents: from `LanguageModel.forward`, which is the only caller.
 
     Returns:
@@ -188,12 +201,16 @@ def attend(
     _refuse_others(module, attention_mask, others)
     rows, heads, length, head_dim = query.shape
     window = None if attention_mask is None else attention_mask.tokens
-    scoring = Scoring(head_dim**-0.5 if scaling is None else scaling, window, softcap, s_aux)
-    flat_query, flat_key, flat_value = (
-        states.transpose(1, 2).reshape(rows * length, -1, states.shape[-1]) for states in (query, key, value)
-    )
-    output = documents.kernel(flat_query, flat_key, flat_value, documents, scoring)
-    documents.attended.add(id(module))
+    q, k, v = (part.transpose(1, 2).reshape(rows * length, -1, part.shape[-1]) for part in (query, key, value))
+    scale = head_dim**-0.5 if scaling is None else scaling
+    if documents.kernel == VARLEN:
+        assert softcap is None and s_aux is None, "the model should have chosen the math kernel"
+        output = _attend_varlen(q, k, v, documents, scale, window)
+    else:
+        options = (documents.boundaries, documents.kernel, scale, window, softcap)
+        output, _ = attend_by_document(q, k, v, s_aux, *options)
+    if documents.attended is not None:
+        documents.attended.add(id(module))
     return output.view(rows, length, heads, -1), None
 
 
@@ -208,90 +225,24 @@ def _window_only(*arguments: Any, local_size: int | None = None, **keywords: Any
     return None if local_size is None else WindowMask(local_size)
 
 
-def _sdpa(backend: SDPBackend | None) -> Kernel:
-    def kernel(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scoring: Scoring
-    ) -> torch.Tensor:
-        _refuse_scores_by_hand(scoring)
-        chosen: AbstractContextManager[Any] = nullcontext() if backend is None else sdpa_kernel(backend)
-        with chosen:
-            return _document_by_document(_attend_document, query, key, value, documents, scoring)
-
-    return kernel
-
-
-_SDPA_BACKENDS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-
-
-def _written_out(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scoring: Scoring
-) -> torch.Tensor:
-    return _document_by_document(_score_document, query, key, value, documents, scoring)
-
-
-def _document_by_document(
-    attend_one: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scoring], torch.Tensor],
+def _attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     documents: PackedDocuments,
-    scoring: Scoring,
-) -> torch.Tensor:
-    parts = [torch.split(states, list(documents.lengths)) for states in (query, key, value)]
-    outputs = [attend_one(q, k, v, scoring) for q, k, v in zip(*parts, strict=True)]
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """One document: (tokens, heads, head_dim) each."""
-    q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
-    grouped, window = query.shape[1] != key.shape[1], scoring.window
-    mask = _causal(len(query), window, query.device) if window is not None and len(query) > window else None
-    output = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scoring.scale, enable_gqa=grouped
-    )
-    return output.squeeze(0).transpose(0, 1)
-
-
-def _score_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """The same with every score at hand; softmax in float32."""
-    group = query.shape[1] // key.shape[1]
-    q, k, v = query.transpose(0, 1), *(x.transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))
-    scores = q @ k.transpose(1, 2) * scoring.scale
-    if scoring.softcap is not None:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    scores = scores.masked_fill(~_causal(len(query), scoring.window, query.device), -torch.inf)
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.to(scores.dtype).view(-1, 1, 1).expand(-1, len(query), 1)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)[..., : len(query)]
-    return (weights @ v).transpose(0, 1)
-
-
-def _causal(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
-
-
-def _attend_varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: PackedDocuments, scoring: Scoring
+    scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_scores_by_hand(scoring)
-    bounds, longest, window = documents.boundaries, documents.longest, scoring.window
-    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scoring.scale}
+    bounds, longest = documents.boundaries, documents.longest
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0), "scale": scale}
     if key.shape[1] != query.shape[1]:
         options["enable_gqa"] = True
-    width = value.shape[-1]
-    value = F.pad(value, (0, key.shape[-1] - width))  # the kernel knows one width; zeros don't change the others
-    output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+    values = as_wide_as_keys(value, key)
+    output = varlen_attn(query, key, values, bounds, bounds, longest, longest, **options)
     assert isinstance(output, torch.Tensor)
-    return output[..., :width]
-
-
-def _refuse_scores_by_hand(scoring: Scoring) -> None:
-    assert scoring.softcap is None and scoring.sinks is None, "the model should have chosen the written-out kernel"
+    return output[..., : value.shape[-1]]
 
 
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

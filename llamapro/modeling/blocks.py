@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def prepare_blocks(blocks: nn.ModuleList, trainable: TrainableSet) -> None:
         kind = kind_of(index, trainable)
         block.__class__ = _with_kind(type(block))  # type: ignore[arg-type]
         block.kind, block.bypassed, block.tuple_length = kind, False, None  # type: ignore[assignment]
-        block.recompute = None  # type: ignore[assignment]
+        block.recompute = block.compiled = None  # type: ignore[assignment]
         if kind is not BlockKind.TRAINABLE:
             freeze_linears(block)
 
@@ -61,10 +62,24 @@ def bypass(blocks: nn.ModuleList, indices: Iterable[int]) -> Iterator[None]:
             block.bypassed = state
 
 
+@contextmanager
+def uncompiled(blocks: nn.ModuleList) -> Iterator[None]:
+    """While it lasts, all blocks run operation by operation."""
+    before = [block.compiled for block in blocks]
+    for block in blocks:
+        block.compiled = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for block, compiled in zip(blocks, before, strict=True):
+            block.compiled = compiled
+
+
 class _KindOfBlock:
     """Mixed into a decoder block's class before it.
 
     Attributes:
+        compiled: computes what the block's own code does, given the block as its first argument; None: that code does.
         recompute: calls a function so that what it keeps is computed again in the backward pass; None: it is kept.
         tuple_length: how many values the block returns in a tuple, the hidden states first; 0 where it returns those
             alone; None until it has run.
@@ -74,16 +89,18 @@ class _KindOfBlock:
     bypassed: bool
     tuple_length: int | None
     recompute: Callable[..., Any] | None
+    compiled: Callable[..., Any] | None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """(rows, S, hidden) → the same shape, or what the block itself returns."""
         if self.bypassed:
             return self._pass_on(hidden_states, *args, **kwargs)
+        compute = super().forward if self.compiled is None else partial(self.compiled, self)  # type: ignore[misc]
         if self.recompute is not None and torch.is_grad_enabled():
-            output = self.recompute(super().forward, hidden_states, *args, **kwargs)  # type: ignore[misc]
+            output = self.recompute(compute, hidden_states, *args, **kwargs)
         else:
             with self._autograd():
-                output = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+                output = compute(hidden_states, *args, **kwargs)
         self.tuple_length = len(output) if isinstance(output, tuple) else 0
         return output
 
@@ -101,6 +118,12 @@ class _KindOfBlock:
         if self.tuple_length == 0:
             return hidden_states
         return (hidden_states, *(None,) * (self.tuple_length - 1))
+
+
+def without_kind(block_class: type) -> type[nn.Module]:
+    """A decoder block's own class, of the one that `prepare_blocks` made of it."""
+    _, _, own, *_ = block_class.__mro__
+    return own
 
 
 @functools.cache

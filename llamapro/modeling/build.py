@@ -24,6 +24,7 @@ from llamapro.expansion.source import read_config
 from llamapro.files.tensors import TensorFolder
 from llamapro.modeling.attention import AttentionNeeds, choose_attention, register_attention
 from llamapro.modeling.blocks import prepare_blocks
+from llamapro.modeling.flash import activate
 from llamapro.modeling.logits import head_steps
 from llamapro.modeling.loss import make_loss_head
 from llamapro.modeling.masks import DocumentMasks
@@ -73,6 +74,8 @@ def build_model(
     tensors = TensorFolder.open(folder)
     _make_buffers_real(hf, tensors, device)
     choice = choose_attention(attention, device, dtype, _attention_needs(hf))
+    if choice.flash is not None:
+        activate(choice.flash)
     mark_trainable(hf, trainable, decoder_prefix)
     masks = DocumentMasks(blocks) if own_attention(config) else None
     prepare_blocks(blocks, trainable)
@@ -184,11 +187,14 @@ def _attention_needs(hf: PreTrainedModel) -> AttentionNeeds:
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise ModelRefused(f"{type(hf).__name__} attends in chunks, which isn't computed here")
     head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
-    written_out = ""
+    scores = ""
     if cap := getattr(config, "attn_logit_softcapping", None):
-        written_out = f"{type(hf).__name__} caps scores at {cap}"
+        scores = f"{type(hf).__name__} caps scores at {cap}"
     elif any(name.endswith(".sinks") for name, _ in hf.named_parameters()):
-        written_out = f"{type(hf).__name__} has attention sinks"
+        scores = f"{type(hf).__name__} has attention sinks"
     return AttentionNeeds(
-        int(head_dim or config.hidden_size // config.num_attention_heads), own_attention(config), written_out
+        head_dim=int(head_dim or config.hidden_size // config.num_attention_heads),
+        own=own_attention(config),
+        scores=scores,
+        windows=bool(getattr(config, "sliding_window", None)),
     )

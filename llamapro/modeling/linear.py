@@ -25,6 +25,8 @@ class FrozenConv1D(Conv1D):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, in_features) → (…, out_features)."""
+        if torch.compiler.is_compiling():
+            return frozen_linear(x, self.weight.t(), self.bias)
         output: torch.Tensor = _FrozenConv1D.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         return output
 
@@ -49,6 +51,8 @@ def is_frozen_linear(module: nn.Module) -> bool:
 
 def frozen_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x Wᵀ + b, differentiable in x only."""
+    if torch.compiler.is_compiling():  # the compiler keeps what the backward pass needs, which is the weight
+        return plain_linear(input, weight.detach(), None if bias is None else bias.detach())
     output: torch.Tensor = _FrozenLinear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return output
 

@@ -5,6 +5,7 @@ stage 3 gathers its weight once. The forward pass already forms the gradient of 
 backward pass only scales it): nothing is computed twice, and what is kept is as large as the hidden states.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from llamapro.modeling.logits import HeadSteps, Step
 
 IGNORED_LABEL = -100
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+ChunkLoss = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+"""`chunk_loss`, or the same compiled."""
 
 
 class LossHead(nn.Linear):
@@ -22,9 +25,11 @@ class LossHead(nn.Linear):
 
     Attributes:
         steps: what the model computes before and after the projection.
+        chunk_loss: computes the loss of some rows of logits.
     """
 
     steps: HeadSteps
+    chunk_loss: ChunkLoss
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor, labels: torch.Tensor | None = None
@@ -41,7 +46,7 @@ class LossHead(nn.Linear):
         """
         states = self.steps.before(input)
         if labels is not None:
-            return cross_entropy(states, self.weight, self.bias, labels, self.steps.after)
+            return cross_entropy(states, self.weight, self.bias, labels, self.steps.after, self.chunk_loss)
         linear = plain_linear if self.weight.requires_grad else frozen_linear
         return self.steps.after(linear(states, self.weight, self.bias))
 
@@ -50,15 +55,22 @@ def make_loss_head(linear: nn.Linear, steps: HeadSteps) -> None:
     """Turn an output projection into a `LossHead` in place; names, parameters and hooks stay."""
     linear.__class__ = LossHead
     linear.steps = steps  # type: ignore[assignment]
+    linear.chunk_loss = chunk_loss  # type: ignore[assignment]
 
 
 def cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor, step: Step
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    step: Step,
+    of_chunk: ChunkLoss,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of `LossHead.forward`. Softmax in float32, also where hidden states and weight are bf16.
 
     Args:
         step: what makes logits of the projection's result.
+        of_chunk: `chunk_loss`, or the same compiled.
     """
     states, targets = hidden.flatten(0, -2), labels.flatten()
     chosen = None
@@ -66,7 +78,7 @@ def cross_entropy(
         chosen = (targets != IGNORED_LABEL).nonzero().flatten()
         states, targets = states[chosen], targets[chosen]
     loss_sum, losses = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, weight, bias, targets, step, torch.is_grad_enabled()
+        states, weight, bias, targets, step, of_chunk, torch.is_grad_enabled()
     )
     if chosen is not None:
         losses = losses.new_zeros(labels.numel()).index_copy_(0, chosen, losses)
@@ -102,6 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         step: Step,
+        of_chunk: ChunkLoss,
         with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needed = tuple(with_gradients and need for need in ctx.needs_input_grad[:3])
@@ -110,11 +123,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows = _chunk_rows(states.device, weight.shape[0])
         for low in range(0, len(states), rows):
             chunk = slice(low, low + rows)
-            logits = step(plain_linear(states[chunk], weight, bias))
-            losses[chunk], logits_gradient = _token_losses(logits, targets[chunk], any(needed))
-            if logits_gradient is not None:
-                projected = step.pull_back(logits, logits_gradient).to(states.dtype)
-                gradients.add(chunk, projected, states[chunk], weight)
+            projected = plain_linear(states[chunk], weight, bias)
+            losses[chunk], gradient = of_chunk(projected, targets[chunk], step, any(needed))
+            if gradient is not None:
+                gradients.add(chunk, gradient, states[chunk], weight)
         ctx.save_for_backward(gradients.states, gradients.weight, gradients.bias)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -128,13 +140,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled_weight, scaled_bias = (
             None if total is None else (total * scale).to(ctx.weight_dtype) for total in (weight, bias)
         )
-        return scaled_states, scaled_weight, scaled_bias, None, None, None
+        return scaled_states, scaled_weight, scaled_bias, None, None, None, None
 
 
-def _token_losses(
-    logits: torch.Tensor, targets: torch.Tensor, with_gradient: bool
+def chunk_loss(
+    projected: torch.Tensor, targets: torch.Tensor, step: Step, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loss of each row of logits, and its float32 gradient; both 0 where there is no target."""
+    """Float32 loss of each row of the projection's result, and the gradient of that result, in its dtype.
+
+    Both are 0 where there is no target.
+    """
+    logits = step(projected)
     scored = targets != IGNORED_LABEL
     columns = targets.clamp(min=0).unsqueeze(1)
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -143,7 +159,8 @@ def _token_losses(
         return losses, None
     gradient = log_probabilities.exp_()
     gradient.scatter_add_(1, columns, torch.full_like(columns, -1, dtype=torch.float32))
-    return losses, gradient.mul_(scored.unsqueeze(1))
+    gradient.mul_(scored.unsqueeze(1))
+    return losses, step.pull_back(logits, gradient).to(projected.dtype)
 
 
 def _chunk_rows(device: torch.device, vocabulary: int) -> int:

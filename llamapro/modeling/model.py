@@ -1,7 +1,8 @@
 """The model that the engine trains: a transformers model whose forward pass is the loss of packed rows."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llamapro.errors import ModelRefused
-from llamapro.modeling.attention import AttentionChoice, pack_documents
-from llamapro.modeling.blocks import bypass
+from llamapro.modeling.attention import AttentionChoice, PackedDocuments, pack_documents
+from llamapro.modeling.blocks import bypass, uncompiled
 from llamapro.modeling.loss import IGNORED_LABEL, LossHead
 from llamapro.modeling.masks import DocumentMasks
 from llamapro.modeling.stored_parts import StoredParts
@@ -62,6 +63,7 @@ class LanguageModel(nn.Module):
         self.masks = masks
         self.stored = stored
         self.longest_row = _longest_row(hf.config)
+        self._all_attended = False
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -88,15 +90,22 @@ class LanguageModel(nn.Module):
         assert isinstance(head, LossHead)
         return head
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, position_ids: torch.Tensor) -> LossOutput:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        boundaries: torch.Tensor | None = None,
+    ) -> LossOutput:
         """The loss of packed rows.
 
         Args:
             input_ids: (rows, S) int64.
             labels: (rows, S) int64, already shifted: the target of each position, -100 where there is none.
             position_ids: (rows, S) int64; a document begins wherever they don't go on by one.
+            boundaries: (documents + 1,) int32, `document_boundaries` of these, where that is known already.
         """
-        loss_sum, token_losses = self.head(self.hidden_states(input_ids, position_ids), labels)
+        loss_sum, token_losses = self.head(self.hidden_states(input_ids, position_ids, boundaries), labels)
         return LossOutput(loss_sum, token_losses.sum(1), (labels != IGNORED_LABEL).sum(1))
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -104,7 +113,9 @@ class LanguageModel(nn.Module):
         logits: torch.Tensor = self.head(self.hidden_states(input_ids, position_ids))
         return logits
 
-    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, boundaries: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(rows, S, hidden) states after the final norm.
 
         Raises:
@@ -118,14 +129,28 @@ class LanguageModel(nn.Module):
             whole = torch.ones_like(input_ids)
             states = self._decoder(input_ids=input_ids, position_ids=position_ids, attention_mask=whole)
             return states
-        documents = pack_documents(position_ids, self.attention)
-        states = self._decoder(input_ids=input_ids, position_ids=position_ids, documents=documents)
+        documents = pack_documents(position_ids, self.attention, boundaries)
+        if not self._all_attended:
+            return self._watched(input_ids, position_ids, documents)
+        if any(block.compiled is not None for block in self.blocks):
+            torch._dynamo.maybe_mark_dynamic(documents.boundaries, 0)  # their number differs from batch to batch
+        # Held-out text is scored operation by operation, so that a run says what `llamapro evaluate` says.
+        with nullcontext() if torch.is_grad_enabled() else uncompiled(self.blocks):
+            return self._decoder(input_ids=input_ids, position_ids=position_ids, documents=documents)
+
+    def _watched(self, input_ids: torch.Tensor, position_ids: torch.Tensor, documents: PackedDocuments) -> torch.Tensor:
+        """The states of the first forward pass, which shows whether every block attends through the kernel."""
+        attended: set[int] = set()
+        with uncompiled(self.blocks):
+            documents = replace(documents, attended=attended)
+            states = self._decoder(input_ids=input_ids, position_ids=position_ids, documents=documents)
         active = sum(not block.bypassed for block in self.blocks)
-        if len(documents.attended) < active:
+        if len(attended) < active:
             raise ModelRefused(
-                f"{type(self.hf).__name__}: only {len(documents.attended)} of {active} blocks attend through "
+                f"{type(self.hf).__name__}: only {len(attended)} of {active} blocks attend through "
                 "transformers' attention interface; what the others see of a packed row is unknown"
             )
+        self._all_attended = active == len(self.blocks)
         return states
 
     def _check_length(self, length: int) -> None:

@@ -204,38 +204,17 @@ def _attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention's sizes: a fused kernel's, unless every score is needed.
+    """Attention's sizes, which are a fused kernel's also where every score is needed: those are computed again.
 
     Args:
         query: (rows, heads, S, head_dim); key and value may have fewer heads.
     """
-    if softcap is not None or s_aux is not None:
-        return _scored(query, key, value, softcap, s_aux).transpose(1, 2), None
     width = value.shape[-1]
     padded = F.pad(value, (0, key.shape[-1] - width)) if width < key.shape[-1] else value  # kernels know one width
     output: torch.Tensor = _Fused.apply(query, key, padded)  # type: ignore[no-untyped-call]
     return output[..., :width], None
-
-
-def _scored(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softcap: float | None, sinks: torch.Tensor | None
-) -> torch.Tensor:
-    group, length = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = (states.repeat_interleave(group, 1) for states in (key, value))
-    scores = query @ key.transpose(2, 3)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    unseen = torch.zeros(length, length, dtype=torch.bool, device=query.device)
-    scores = scores.masked_fill(unseen, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(len(query), -1, length, 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)[..., :length]
-    return weights @ value
 
 
 class _Fused(torch.autograd.Function):

@@ -60,13 +60,11 @@ def run_step(session: Session, work: StepWork, learning_rate: float) -> StepOutc
     return _update(session, sums, learning_rate)
 
 
-def to_device(
-    batch: Batch, device: torch.device
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A batch as tensors: ((input_ids, labels, position_ids) each (rows, S), sources (rows,))."""
-    arrays = (batch.input_ids, batch.labels, batch.position_ids)
-    inputs, labels, positions = (torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
-    return (inputs, labels, positions), torch.from_numpy(batch.sources).to(device)
+def to_device(batch: Batch, device: torch.device) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """A batch as tensors: ((input_ids, labels, position_ids) each (rows, S) and boundaries, sources (rows,))."""
+    arrays = (batch.input_ids, batch.labels, batch.position_ids, batch.boundaries)
+    inputs = tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays)
+    return inputs, torch.from_numpy(batch.sources).to(device)
 
 
 def _update(session: Session, sums: LossSums, learning_rate: float) -> StepOutcome:

@@ -21,10 +21,10 @@ TRAINED = TrainableSet.of([1, 3])
 OVERRIDES: dict[str, dict[str, Any]] = {"youtu": {"pad_token_id": None}}
 # No block has a window here: on the CPU a window is a mask, which kernels of GPUs don't need.
 NO_WINDOWS = {"sliding_window": LENGTH}
-# The CPU has no fused kernel for values of another width than the keys', and keeps their scores; a mask of its own,
-# which these models are given, makes it expand keys and values.
-MORE_ON_CPU = ("youtu", "minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1", "mimo_v2_flash")
-MORE_ON_CPU += ("nemotron", "stablelm", "stablelm-parallel", "falcon-new", "falcon-one-norm")
+# Values are narrower than keys: planned as wide as the kernels of GPUs need them, kept here as they are.
+NARROW_VALUES = ("youtu", "minicpm3", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1", "mimo_v2_flash")
+# A mask of its own, which these models are given, makes the CPU expand keys and values.
+MORE_ON_CPU = ("nemotron", "stablelm", "stablelm-parallel", "falcon-new", "falcon-one-norm")
 # Its code looks at values, so it can't be seen without them.
 UNSEEN = ("jetmoe",)
 ROWS = [row for row in PRE_NORM + POST_NORM + OLDER + MIXTURES if row.name not in UNSEEN]
@@ -84,7 +84,8 @@ def test_blocks_keep_what_is_planned(tmp_path: Path, row: TinyFamily, monkeypatc
     for block in range(2, 6):  # the input of block 1 needs no gradient, so it keeps a little less
         planned = shape.block_sizes[block].kept[4, TRAINED.includes(block)].at(LENGTH)
         ratio = planned * LENGTH / found[block]
-        assert (0.5 if row.name in MORE_ON_CPU else 0.9) < ratio < 1.03, (block, ratio)
+        least, most = 0.5 if row.name in MORE_ON_CPU else 0.9, 1.1 if row.name in NARROW_VALUES else 1.03
+        assert least < ratio < most, (block, ratio)
 
 
 @pytest.mark.parametrize("name", UNSEEN)

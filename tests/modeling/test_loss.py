@@ -187,7 +187,7 @@ def test_static_shapes_give_the_same_as_selected_positions() -> None:
     selected, every = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     total, losses = ours(selected, labels)
     masked_total, masked_losses = loss_module._ChunkedCrossEntropy.apply(
-        every.flatten(0, 1), ours.weight, None, labels.flatten(), Unchanged(), True
+        every.flatten(0, 1), ours.weight, None, labels.flatten(), Unchanged(), loss_module.chunk_loss, True
     )
     torch.testing.assert_close(masked_total, total)
     torch.testing.assert_close(masked_losses.view(3, 20), losses)

@@ -1,0 +1,116 @@
+"""torch.compile where it pays: whole blocks, or only functions of theirs where weights come and go.
+
+Blocks of one kind share a graph: what differs between them are the tensors they are given. With weights cut over ranks
+(ZeRO-3) whole blocks would break into dozens of graphs around the hooks that fetch them, so only norms and the loss are
+compiled there: functions of tensors that are whole when they are called.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from llamapro.errors import UserError
+from llamapro.modeling.blocks import without_kind
+from llamapro.modeling.loss import chunk_loss
+from llamapro.modeling.model import LanguageModel
+
+BLOCKS, FUNCTIONS, NOTHING = "blocks", "functions", "nothing"
+# A graph for each kind of block, with and without an input gradient, for each kind of layer that a family mixes.
+_MOST_GRAPHS: Final = 64
+
+
+@dataclass(frozen=True)
+class CompileChoice:
+    """What is compiled, and why.
+
+    Attributes:
+        parts: blocks, functions or nothing.
+    """
+
+    parts: str
+    reason: str
+
+
+def choose_compile(requested: str, model: LanguageModel, device: torch.device, *, partitioned: bool) -> CompileChoice:
+    """What to compile of a model.
+
+    Args:
+        requested: `engine.compile`: auto, on or off.
+        partitioned: weights are cut over ranks.
+
+    Raises:
+        UserError: it is asked for and can't be done.
+    """
+    if requested == "off":
+        return CompileChoice(NOTHING, "asked for: off")
+    obstacle = _no_compiler(device) or _unfit(model)
+    if obstacle and requested == "on":
+        raise UserError(f"engine.compile: on can't be done: {obstacle}; use auto")
+    if obstacle:
+        return CompileChoice(NOTHING, obstacle)
+    if requested == "auto" and device.type == "cpu":
+        return CompileChoice(NOTHING, "on CPUs compiling takes minutes; engine.compile: on pays in runs of hours")
+    if partitioned:
+        return CompileChoice(FUNCTIONS, "weights are cut over ranks: norms and the loss")
+    return CompileChoice(BLOCKS, "each kind of block, and the loss")
+
+
+def compile_model(model: LanguageModel, choice: CompileChoice) -> None:
+    """Compile what was chosen, at its first use; the model computes the same but for rounding."""
+    if choice.parts == NOTHING:
+        return
+    # The limit belongs to the process; beyond it torch would go on uncompiled and say so in a warning only.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    model.head.chunk_loss = torch.compile(chunk_loss, dynamic=True)
+    if choice.parts == BLOCKS:
+        _compile_blocks(model.blocks)
+    else:
+        _compile_norms(model.blocks)
+
+
+def _compile_blocks(blocks: nn.ModuleList) -> None:
+    compiled: dict[type, Callable[..., Any]] = {}
+    for block in blocks:
+        own = without_kind(type(block))
+        compiled.setdefault(own, torch.compile(own.forward, dynamic=False))
+        block.compiled = compiled[own]  # type: ignore[assignment]
+
+
+def _compile_norms(blocks: nn.ModuleList) -> None:
+    compiled: dict[type, Callable[..., Any]] = {}
+    for norm in _norms(blocks):
+        compiled.setdefault(type(norm), torch.compile(type(norm).forward, dynamic=False))
+        norm.forward = partial(compiled[type(norm)], norm)
+
+
+def _norms(blocks: nn.ModuleList) -> Iterator[nn.Module]:
+    """The layers of blocks that own vectors only and are called norms."""
+    for module in blocks.modules():
+        vectors = [parameter.ndim == 1 for parameter in module.parameters()]
+        if "Norm" in type(module).__name__ and all(vectors) and not list(module.children()):
+            yield module
+
+
+def _no_compiler(device: torch.device) -> str:
+    """What is missing to compile for a device; empty when nothing is."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") else "triton is not installed"
+    compiler = os.environ.get("CXX", "g++")
+    return "" if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
+
+
+def _unfit(model: LanguageModel) -> str:
+    """Why a model's blocks don't make one graph; empty when they do."""
+    if model.masks is not None:
+        return model.attention.reason
+    for name, parameter in model.blocks.named_parameters():
+        if parameter.ndim > 2 or ".experts." in name:
+            return f"{type(model.hf).__name__} chooses experts by value"
+    return ""
