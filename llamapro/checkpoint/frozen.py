@@ -30,14 +30,16 @@ class FrozenProof:
         equal: how many tensors are bit-identical.
         total: how many should be.
         different: one entry per tensor that is not: its name and what is wrong.
+        claim: what is proved of the others.
     """
 
     equal: int
     total: int
     different: tuple[str, ...]
+    claim: str = "base tensors equal the record"
 
     def __str__(self) -> str:
-        text = f"{self.equal} of {self.total} base tensors equal the record"
+        text = f"{self.equal} of {self.total} {self.claim}"
         if not self.different:
             return text
         more = len(self.different) - _NAMED_AT_MOST

@@ -56,7 +56,6 @@ def _shown(value: Any) -> str:
 UNAVAILABLE: Final = (
     Unavailable("model.trainable", _among("lora"), "use new, last-added, all or a list of block ids"),
     Unavailable("objective.replay_kl", lambda weight: weight > 0, "use 0.0"),
-    Unavailable("engine.precision", _among("fp8-frozen"), "use bf16 or float32"),
     Unavailable("engine.offload", _among("optimizer"), "use none; zero_stage 2 and 3 split the optimizer over ranks"),
     Unavailable("engine.compile", _among("on"), "use auto or off"),
     Unavailable("engine.attention", _among("flash", "cudnn"), "use auto, sdpa or math"),

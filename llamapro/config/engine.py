@@ -16,7 +16,7 @@ class EngineConfig(Section):
 
     precision: Literal["bf16", "float32", "fp8-frozen"] = "bf16"
     """Dtype of weights and activations: bf16 (with float32 master weights and gradients), float32, or fp8-frozen (bf16
-    with frozen blocks in FP8)."""
+    with the linear layers of frozen blocks in FP8; ZeRO 1 and 2, GPUs from Hopper on, docs/fp8.md)."""
 
     offload: Literal["none", "optimizer"] = "none"
     """What is kept in host memory: none, or the optimizer state."""

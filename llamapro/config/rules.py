@@ -143,6 +143,16 @@ def _blocks_are_named_once(config: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule("model.trainable", text, ("model.trainable.*",))
 
 
+def _fp8_weights_are_whole(config: RunConfig) -> Iterator[BrokenRule]:
+    precision, stage = config.engine.precision, config.engine.zero_stage
+    if precision == "fp8-frozen" and stage == 3:
+        text = (
+            "'fp8-frozen' keeps frozen weights whole on every rank, which zero_stage 3 is there to avoid; use "
+            "zero_stage 1 or 2, where they take half of what they do in bf16, or precision bf16"
+        )
+        yield BrokenRule("engine.precision", text, ("engine.precision", "engine.zero_stage"))
+
+
 _RULES: Final[tuple[Callable[[RunConfig], Iterator[BrokenRule]], ...]] = (
     _one_kind_of_share,
     _stages_fit,
@@ -153,4 +163,5 @@ _RULES: Final[tuple[Callable[[RunConfig], Iterator[BrokenRule]], ...]] = (
     _objective_sets_are_sources,
     _lora_is_described,
     _blocks_are_named_once,
+    _fp8_weights_are_whole,
 )

@@ -19,6 +19,8 @@ from llamapro.planning.recompute import (
 from llamapro.planning.shape import DecoderShape, Learning
 
 ZERO_STAGES: Final = (1, 2, 3)
+# What is in FP8 is whole on every rank.
+FP8_STAGES: Final = (1, 2)
 # Kept free for communication buffers, fragmentation and the device's own needs.
 RESERVED_FRACTION: Final = 0.1
 # On CPUs larger micro-batches gain nothing and cost memory.
@@ -128,7 +130,8 @@ def choose(
     budget = math.inf if budget_bytes is None else budget_bytes
     smallest = micro_sequences or 1
     _refuse_too_little(job, smallest)
-    stage = _stage(job, (zero_stage,) if zero_stage else ZERO_STAGES, smallest, budget)
+    stages = (zero_stage,) if zero_stage else FP8_STAGES if job.precision == "fp8-frozen" else ZERO_STAGES
+    stage = _stage(job, stages, smallest, budget)
     largest = job.share if most_micro_tokens is None else most_micro_tokens // job.sequence_length
     largest = 1 if budget_bytes is None else largest
     candidates = range(1, max(1, min(job.share, largest)) + 1)

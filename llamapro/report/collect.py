@@ -154,7 +154,8 @@ def _proof(history: History) -> Proof | None:
     if not proofs:
         return None
     equal, total = proofs[-1].get("equal", 0), proofs[-1].get("total", 0)
-    return Proof(f"{equal} of {total} base tensors equal the record, bit for bit.", equal == total)
+    text = proofs[-1].get("text", f"{equal} of {total} base tensors equal the record")
+    return Proof(f"{text}, bit for bit.", equal == total)
 
 
 def _comparisons(history: History) -> Iterator[Comparison]:

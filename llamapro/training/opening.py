@@ -1,8 +1,10 @@
 """Open a run: its parts in the order in which they depend on each other, then the restored progress."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from llamapro import console
 from llamapro.checkpoint.folder import Checkpoint
@@ -13,12 +15,14 @@ from llamapro.evaluation.model_digest import model_digest
 from llamapro.expansion.record import ExpansionRecord
 from llamapro.files.lock import RunLock
 from llamapro.modeling.build import build_model
+from llamapro.modeling.fp8 import describe_fp8, quantize_linears
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
 from llamapro.planning.tables import gib, recomputation
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.agreement import agree
+from llamapro.training.fp8 import FP8_FROZEN, folds_at_start
 from llamapro.training.guards import SpikeGuard
 from llamapro.training.live_record import record_in_memory
 from llamapro.training.metrics import MetricsLog, cut_back
@@ -32,7 +36,7 @@ from llamapro.training.start_from import load_start, open_start
 from llamapro.training.trackers import open_trackers
 from llamapro.training.trainer_state import TrainerState, saved_state
 
-DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, FP8_FROZEN: torch.bfloat16}
 
 
 def open_session(
@@ -63,6 +67,7 @@ def open_session(
     decision = _decide(saved, identity, config)
     stream = open_stream(config, facts, folder, saved, new_stage=decision.new_stage)
     model = agree(ranks, lambda: _build(config, facts, ranks))
+    fp8_start = folds_at_start(model, ranks)
     recompute_blocks(model.blocks, facts.recomputed)
     engine = Engine.start(
         model,
@@ -93,6 +98,7 @@ def open_session(
         lock=lock,
         identity=identity,
         live_record=_live_record(facts, model, ranks),
+        fp8_start=fp8_start,
         validation_sets=open_validation_sets(config, facts, ranks),
     )
     _say_start(session, progress, checkpoint, decision, model)
@@ -130,9 +136,17 @@ def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
         trainable=facts.trainable,
         record=facts.record,
         attention=config.engine.attention,
-        partition=Engine.partitioner(config, facts.zero_stage),
+        partition=_when_filled(config, facts),
         digest_share=(ranks.rank, ranks.world_size),
     )
+
+
+def _when_filled(config: RunConfig, facts: Facts) -> Callable[[nn.Module], None] | None:
+    """What is done to each module as soon as its weights are read and checked."""
+    if config.engine.precision == FP8_FROZEN:
+        assert facts.zero_stage != 3, "what is in FP8 is whole on every rank"
+        return quantize_linears
+    return Engine.partitioner(config, facts.zero_stage)
 
 
 def _restore(checkpoint: Checkpoint | None, config: RunConfig, facts: Facts, engine: Engine, ranks: Ranks) -> None:
@@ -185,6 +199,8 @@ def _say_start(
 ) -> None:
     facts = session.facts
     console.info(f"attention: {model.attention.name} ({model.attention.reason})")
+    if session.fp8_start:
+        console.info(f"precision: {describe_fp8(model.blocks, model.trainable, session.ranks.device)}")
     console.info(
         f"activations: {gib(facts.memory.activations)} GiB planned; recomputed: "
         f"{recomputation(facts.job, facts.recomputed)}"

@@ -24,6 +24,7 @@ from llamapro.planning.tables import MEMORY_COLUMNS, gib, memory_rows, recomputa
 from llamapro.training.data_facts import ModelText, check_sources, check_validation_sets, warn_of_repeats
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
+from llamapro.training.fp8 import check_fp8
 from llamapro.training.model_facts import ModelFacts, Stage, check_model, resolve_trainable
 from llamapro.training.tokenizer import model_tokenizer_identity
 
@@ -83,6 +84,7 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
     _check_paths(config, findings)
     model = check_model(config, findings)
     trainable = _resolve(config, stage, model, findings)
+    check_fp8(config, model, trainable, findings)
     text = _model_text(model, findings)
     sources = check_sources(config, text, findings)
     validation_sets = check_validation_sets(config, sources, text, findings)

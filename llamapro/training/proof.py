@@ -4,33 +4,49 @@ The identity is measured, not assumed: logits of real text with the new blocks i
 blocks bypassed, which are the base's. It holds before the first step only, so it is checked only there.
 """
 
+from dataclasses import replace
+
 import torch
 
 from llamapro import console
-from llamapro.checkpoint.frozen import prove_frozen
+from llamapro.checkpoint.frozen import FrozenProof, prove_frozen
 from llamapro.errors import CheckFailed
+from llamapro.modeling.fp8 import quantized_parameters
+from llamapro.training.fp8 import prove_fp8_unchanged
 from llamapro.training.session import Session
 
 PROBE_TOKENS = 128
 
 
 def prove_frozen_weights(session: Session) -> None:
-    """Compare the live frozen weights with the record, bit for bit; collective.
+    """Compare the live frozen weights with the record, bit for bit, and those in FP8 with their start; collective.
 
     Raises:
         CheckFailed: naming the first tensors that differ.
     """
-    record = session.live_record
+    model, ranks = session.engine.model, session.ranks
+    proofs = [_proof_of_record(session), prove_fp8_unchanged(model, session.fp8_start, ranks)]
+    proofs = [proof for proof in proofs if proof.total]  # where everything trains nothing is frozen
+    if not proofs:
+        return
+    equal, total = (sum(getattr(proof, name) for proof in proofs) for name in ("equal", "total"))
+    different = [name for proof in proofs for name in proof.different]
+    text = "; ".join(map(str, proofs))
+    session.metrics.event("proof", equal=equal, total=total, different=different, text=text)
+    if different:
+        raise CheckFailed(f"frozen weights changed while they were in memory: {text}; nothing was saved")
+    console.info(text)
+
+
+def _proof_of_record(session: Session) -> FrozenProof:
+    """Of the base tensors that are in memory as they are in the folder."""
+    record, engine = session.live_record, session.engine
     if record is None:
-        return
-    engine = session.engine
-    proof = prove_frozen(engine.frozen_slices(), record, session.ranks, engine.model.trainable_tensors())
-    if proof.total == 0:  # everything trains: nothing is frozen
-        return
-    session.metrics.event("proof", equal=proof.equal, total=proof.total, different=list(proof.different))
-    if proof.different:
-        raise CheckFailed(f"frozen weights changed while they were in memory: {proof}; nothing was saved")
-    console.info(str(proof))
+        return FrozenProof(0, 0, ())
+    in_fp8 = engine.model.stored.names(quantized_parameters(engine.model.hf))
+    apart = [*engine.model.trainable_tensors(), *in_fp8]
+    proof = prove_frozen(engine.frozen_slices(), record, session.ranks, apart)
+    return replace(proof, claim="base tensors in bf16 equal the record") if in_fp8 else proof
 
 
 def prove_identity(session: Session) -> None:

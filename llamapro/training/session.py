@@ -32,6 +32,7 @@ class Session:
         deadline: `time.monotonic()` at which the run stops by itself; None: never.
         lock: of the run folder, held by rank 0; None on the others.
         live_record: the expansion record as the weights in memory must match it; None for a model without one.
+        fp8_start: folds of what is in FP8 as it was at the start; empty where nothing is.
         validation_sets: this rank's held-out batches by set, with the UTF-8 bytes of each row; equally many batches
             on every rank.
     """
@@ -51,6 +52,7 @@ class Session:
     lock: RunLock | None
     identity: RunIdentity
     live_record: ExpansionRecord | None
+    fp8_start: Mapping[str, int]
     validation_sets: Mapping[str, Sequence[tuple[Batch, Sequence[float]]]]
 
     def go_on(self) -> None:

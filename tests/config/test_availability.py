@@ -11,7 +11,6 @@ from tests.support.config import config_of
 REFUSED: dict[str, list[Any]] = {
     "model.trainable": ["lora"],
     "objective.replay_kl": [0.1],
-    "engine.precision": ["fp8-frozen"],
     "engine.offload": ["optimizer"],
     "engine.compile": ["on"],
     "engine.attention": ["flash", "cudnn"],
@@ -21,7 +20,7 @@ REFUSED: dict[str, list[Any]] = {
 }
 HONOURED: dict[str, list[Any]] = {
     "model.trainable": ["new", "all", [1, 2]],
-    "engine.precision": ["bf16", "float32"],
+    "engine.precision": ["bf16", "float32", "fp8-frozen"],
     "engine.activation_memory_gib": ["auto", "unlimited", 10, 2.5],
     "engine.compile": ["auto", "off"],
     "engine.attention": ["auto", "sdpa", "math"],

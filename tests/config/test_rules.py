@@ -48,6 +48,7 @@ BROKEN: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("model.trainable", {"model": {"trainable": "lora"}}, ("model.lora",)),
     ("model.lora", {"model": {"lora": {"rank": 8, "alpha": 16}}}, ("model.trainable",)),
     ("model.trainable", {"model": {"trainable": [4, 9, 4]}}, ("4", "more than once")),
+    ("engine.precision", {"engine": {"precision": "fp8-frozen", "zero_stage": 3}}, ("zero_stage 3", "bf16")),
 ]
 
 ALLOWED: list[dict[str, Any]] = [
@@ -59,6 +60,8 @@ ALLOWED: list[dict[str, Any]] = [
     {"validation": {"sets": {"general": "g"}}, "guards": {"retention": {"set": "general"}}},
     {"objective": {"replay_kl": 0.1, "sets": ["wiki"]}},
     {"model": {"trainable": "lora", "lora": {"rank": 8, "alpha": 16}}},
+    {"engine": {"precision": "fp8-frozen"}},
+    {"engine": {"precision": "fp8-frozen", "zero_stage": 2}},
 ]
 
 
