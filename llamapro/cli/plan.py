@@ -1,7 +1,7 @@
-"""Parameters, FLOPs, memory and time of a run or of an expansion, before anything runs.
+"""Memory by item, FLOPs by kind, speed and hours of a run or of an expansion, before anything runs.
 
 The numbers count only what learns: frozen weights have no gradients and no optimizer state, and nothing flows below the
-lowest new block. Speed assumes a stated share of the device's peak.
+lowest new block. What speed assumes is said below the tables.
 """
 
 import argparse
@@ -19,17 +19,19 @@ from llamapro.expansion.families import family_of
 from llamapro.expansion.layout import plan_layout
 from llamapro.expansion.record import read_record
 from llamapro.expansion.source import read_config
-from llamapro.planning.flops import flops_per_token
-from llamapro.planning.gpus import gpu_named
+from llamapro.planning import time
+from llamapro.planning.advice import ways_out
+from llamapro.planning.gpus import Gpu, gpu_named
 from llamapro.planning.memory import GIB
-from llamapro.planning.plan import RESERVED_FRACTION, Choice, Job, choose, usable_bytes
+from llamapro.planning.plan import RESERVED_FRACTION, ZERO_STAGES, Choice, Job, choose, usable_bytes
+from llamapro.planning.run_job import compiles, job_of_run
 from llamapro.planning.shape import DecoderShape, Learning
-from llamapro.planning.tables import MEMORY_COLUMNS, gib, memory_rows, recomputation
-from llamapro.planning.time import ASSUMED_EFFICIENCY, gpu_hours, tokens_per_second
+from llamapro.planning.tables import FLOPS_COLUMNS, MEMORY_COLUMNS, flops_rows, gib, memory_rows, recomputation
 from llamapro.training.model_facts import ModelFacts, resolve_trainable
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 BILLION = 1e9
+TERA = 1e12
 QUANTITIES = (
     "parameters",
     "parameters that learn",
@@ -41,6 +43,7 @@ QUANTITIES = (
     "tokens/s per GPU",
     "GPU-hours",
 )
+TIME_COLUMNS = ("µs per token", *(f"ZeRO-{stage}" for stage in ZERO_STAGES))
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,20 @@ class Hardware:
     """The GPUs that a plan is for.
 
     Attributes:
-        memory_bytes, peak_flops: of one; None: not stated.
+        gpu: their kind, its peak rate and memory as stated; None: not stated.
+        memory_bytes: of one; None: not stated.
+        efficiency: share of the peak that linears reach.
     """
 
     count: int
-    name: str | None
+    gpu: Gpu | None
     memory_bytes: float | None
-    peak_flops: float | None
+    efficiency: float
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes of one that may be used."""
+        return None if self.memory_bytes is None else usable_bytes(self.memory_bytes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", type=Path, metavar="BASE", help="plan expansions of this model folder")
     parser.add_argument("--new-blocks", type=_counts, metavar="N,N,…", help="with --model: blocks to add, e.g. 4,8,16")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
-    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100: its peak rate and memory")
+    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU, e.g. h100: its peak rate, memory and bandwidths")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of one GPU, instead of the table's")
+    parser.add_argument(
+        "--gpu-bf16-tflops", type=float, metavar="T", help="peak bf16 rate of one GPU, instead of the table's"
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=time.MATRIX_EFFICIENCY,
+        metavar="X",
+        help=f"share of that peak that linears reach (default: {time.MATRIX_EFFICIENCY})",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,37 +106,50 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan_run(path: Path, hardware: Hardware) -> None:
     config = load_config(path)
     shape, learning = _model_of_run(config.model)
-    job = _job(shape, learning, hardware, config.engine.precision, config.data.sequence_length, config.batch)
-    job = replace(job, activation_memory_gib=config.engine.activation_memory_gib)
+    job = job_of_run(config, shape, learning, hardware.count)
     stage, micro = config.engine.zero_stage, config.batch.micro_sequences
+    given_micro = None if micro == "auto" else micro
     choice = choose(
         job,
-        budget_bytes=_budget(hardware),
+        budget_bytes=hardware.budget,
         zero_stage=None if stage == "auto" else stage,
-        micro_sequences=None if micro == "auto" else micro,
+        micro_sequences=given_micro,
     )
     steps = config.schedule.steps
     tokens = BILLION if steps == "auto" else float(steps * config.batch.global_sequences * job.sequence_length)
     blocks = f"{learning.trainable_blocks(shape)} of {shape.blocks}"
-    title = f"{path}: {tokens / BILLION:.3g} billion tokens on {hardware.count} GPUs"
+    title = f"{path}: {tokens / BILLION:.3g} billion tokens on {_gpus(hardware.count)}"
     _print(title, "trainable blocks", {blocks: _column(job, choice, hardware, tokens)})
     title = f"memory per GPU, GiB, with a micro-batch of {choice.micro_sequences}"
-    console.table(title, MEMORY_COLUMNS, memory_rows(job, choice.micro_sequences, choice.recomputed))
+    rows = memory_rows(job, choice.micro_sequences, choice.recomputed, hardware.budget)
+    console.table(title, MEMORY_COLUMNS, rows)
+    console.table("work", FLOPS_COLUMNS, flops_rows(job.flops(choice.recomputed)))
+    if hardware.gpu is not None:
+        console.table("expected time, micro-batch by stage", TIME_COLUMNS, _time_rows(job, given_micro, hardware))
+    _say_ways_out(job, choice, hardware)
 
 
 def _plan_expansions(folder: Path, counts: Sequence[int], hardware: Hardware) -> None:
     config = read_config(folder)
     base = DecoderShape.from_config(config)
     length = min(DEFAULT_SEQUENCE_LENGTH, int(config.get("max_position_embeddings") or DEFAULT_SEQUENCE_LENGTH))
-    columns = {}
+    share = math.ceil(BatchConfig().global_sequences / hardware.count)
+    columns, plans = {}, []
     for count in counts:
         layout = plan_layout(base.blocks, count, 1, "interleaved")
-        learning = Learning(frozenset(layout.new_blocks))
-        job = _job(base.with_blocks_of(layout.sources), learning, hardware, "bf16", length, BatchConfig())
-        choice = choose(job, budget_bytes=_budget(hardware))
+        shape, learning = base.with_blocks_of(layout.sources), Learning(frozenset(layout.new_blocks))
+        compiled = compiles("auto", shape, "cuda")
+        job = Job(shape, learning, "bf16", length, hardware.count, share, compiled=compiled)
+        choice = choose(job, budget_bytes=hardware.budget)
         columns[str(count)] = _column(job, choice, hardware, BILLION)
-    title = f"{folder}: a billion tokens in sequences of {length} on {hardware.count} GPUs"
+        plans.append((job, choice))
+    title = f"{folder}: a billion tokens in sequences of {length} on {_gpus(hardware.count)}"
     _print(title, "new blocks", columns)
+    for count, (job, choice) in zip(counts, plans, strict=True):
+        title = f"{count} new blocks: memory per GPU, GiB, with a micro-batch of {choice.micro_sequences}"
+        rows = memory_rows(job, choice.micro_sequences, choice.recomputed, hardware.budget)
+        console.table(title, MEMORY_COLUMNS, rows)
+        _say_ways_out(job, choice, hardware)
 
 
 def _model_of_run(model: ModelConfig) -> tuple[DecoderShape, Learning]:
@@ -129,13 +162,6 @@ def _model_of_run(model: ModelConfig) -> tuple[DecoderShape, Learning]:
     return shape, Learning(chosen.blocks, chosen.everything)
 
 
-def _job(
-    shape: DecoderShape, learning: Learning, hardware: Hardware, precision: str, length: int, batch: BatchConfig
-) -> Job:
-    share = math.ceil(batch.global_sequences / hardware.count)
-    return Job(shape, learning, precision, length, hardware.count, share)
-
-
 def _print(title: str, first: str, columns: Mapping[str, Sequence[str]]) -> None:
     rows = zip(QUANTITIES, *columns.values(), strict=True)
     console.table(title, (first, *columns), list(rows))
@@ -143,15 +169,14 @@ def _print(title: str, first: str, columns: Mapping[str, Sequence[str]]) -> None
 
 def _column(job: Job, choice: Choice, hardware: Hardware, tokens: float) -> tuple[str, ...]:
     """The quantities of one plan, in the order of `QUANTITIES`."""
-    flops = flops_per_token(job.shape, job.learning, job.sequence_length)
     speed = hours = "n/a"
-    if hardware.peak_flops is not None:
-        rate = tokens_per_second(flops.model + job.recompute_flops(choice.recomputed), hardware.peak_flops)
-        speed, hours = f"{rate:,.0f}", f"{gpu_hours(tokens, rate):,.1f}"
+    if hardware.gpu is not None:
+        rate = time.token_time(job, choice, hardware.gpu, hardware.efficiency).tokens_per_second
+        speed, hours = f"{rate:,.0f}", f"{time.gpu_hours(tokens, rate):,.1f}"
     return (
         f"{job.shape.parameters:,}",
         f"{job.learning.parameters(job.shape):,}",
-        f"{flops.model / 1e9:.2f}",
+        f"{job.flops().model / 1e9:.2f}",
         str(choice.zero_stage),
         str(choice.micro_sequences),
         recomputation(job, choice.recomputed),
@@ -161,30 +186,76 @@ def _column(job: Job, choice: Choice, hardware: Hardware, tokens: float) -> tupl
     )
 
 
+def _time_rows(job: Job, micro_sequences: int | None, hardware: Hardware) -> list[tuple[str, ...]]:
+    """Time by kind of work at each stage, with the stage's own micro-batch unless one is given."""
+    assert hardware.gpu is not None
+    choices = [
+        choose(job, budget_bytes=hardware.budget, zero_stage=stage, micro_sequences=micro_sequences)
+        for stage in ZERO_STAGES
+    ]
+    times = [time.token_time(job, choice, hardware.gpu, hardware.efficiency) for choice in choices]
+    kinds = ("linears", "attention", "glue", "update", "communication", "total")
+    micro = ("micro-batch", *(f"{choice.micro_sequences}" if choice.fits else "too much" for choice in choices))
+    rows = [(kind, *(f"{1e6 * getattr(each, kind):.2f}" for each in times)) for kind in kinds]
+    return [micro, *rows, ("tokens/s per GPU", *(f"{each.tokens_per_second:,.0f}" for each in times))]
+
+
 def _hardware(arguments: argparse.Namespace) -> Hardware:
     if arguments.gpus < 1:
         raise UserError(f"--gpus {arguments.gpus}: give at least 1")
+    if not 0 < arguments.efficiency <= 1:
+        raise UserError(f"--efficiency {arguments.efficiency:g}: give a share of the peak between 0 and 1")
+    for name in ("gpu_memory_gib", "gpu_bf16_tflops"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: give more than 0")
     gpu = gpu_named(arguments.gpu) if arguments.gpu else None
+    if arguments.gpu_bf16_tflops:
+        if gpu is None:
+            raise UserError("--gpu-bf16-tflops changes a GPU of the table: name it or the nearest, e.g. --gpu h100")
+        gpu = replace(gpu, bf16_flops=arguments.gpu_bf16_tflops * TERA)
     gib_each = arguments.gpu_memory_gib or (gpu.memory_gib if gpu else None)
-    memory = None if gib_each is None else gib_each * GIB
-    return Hardware(arguments.gpus, gpu.name if gpu else None, memory, gpu.bf16_flops if gpu else None)
+    return Hardware(arguments.gpus, gpu, None if gib_each is None else gib_each * GIB, arguments.efficiency)
 
 
-def _budget(hardware: Hardware) -> float | None:
-    return None if hardware.memory_bytes is None else usable_bytes(hardware.memory_bytes)
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count != 1 else ''}"
+
+
+def _say_ways_out(job: Job, choice: Choice, hardware: Hardware) -> None:
+    if choice.fits or hardware.budget is None:
+        return
+    ways = ways_out(job, hardware.budget)
+    advice = f"what would: {'; or '.join(ways)}" if ways else "no number of GPUs, and no shorter sequence, would do"
+    console.warning(f"it doesn't fit in {gib(hardware.budget)} GiB at any stage; {advice}")
 
 
 def _say_assumptions(hardware: Hardware) -> None:
-    if hardware.peak_flops is not None:
-        peak = hardware.peak_flops / 1e12
-        console.info(f"speed assumes {ASSUMED_EFFICIENCY:.0%} of the {hardware.name}'s {peak:g} TFLOP/s in bf16")
+    if hardware.gpu is not None:
+        _say_speed(hardware.gpu, hardware.efficiency)
+        _say_links(hardware.gpu, hardware.count)
     else:
         console.info("no speed: name the GPU, e.g. --gpu h100")
-    if hardware.memory_bytes is not None:
-        usable = usable_bytes(hardware.memory_bytes)
-        console.info(f"{gib(usable)} GiB of a GPU are planned with; {RESERVED_FRACTION:.0%} is kept free")
+    if hardware.budget is not None:
+        console.info(f"{gib(hardware.budget)} GiB of a GPU are planned with; {RESERVED_FRACTION:.0%} is kept free")
     else:
         console.info("memory unknown, so stage 1 and a micro-batch of 1: name the GPU, or give --gpu-memory-gib")
+
+
+def _say_speed(gpu: Gpu, efficiency: float) -> None:
+    console.info(
+        f"speed assumes, of the {gpu.name}'s {gpu.bf16_flops / TERA:g} TFLOP/s in bf16, {efficiency:.0%} in linears "
+        f"and {time.ATTENTION_FORWARD_EFFICIENCY:.0%} forward and {time.ATTENTION_BACKWARD_EFFICIENCY:.0%} backward in "
+        f"attention; the rest at {time.MEMORY_EFFICIENCY:.0%} of {gpu.memory_bandwidth / TERA:.3g} TB/s"
+    )
+
+
+def _say_links(gpu: Gpu, count: int) -> None:
+    if count > 1:
+        console.info(
+            f"gradients and weights cross at {time.link_bandwidth(gpu, count) / 1e9:g} GB/s, overlapped with the "
+            f"computation at stage 3 only; up to {time.GPUS_PER_MACHINE} GPUs are taken to be in one machine"
+        )
 
 
 def _counts(text: str) -> tuple[int, ...]:

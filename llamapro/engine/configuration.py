@@ -4,12 +4,8 @@ The JSON files say everything; the engine only replaces their "auto" values. An 
 the rest, except what the run configuration sets and what would make training or checkpoints wrong.
 """
 
-import importlib.resources
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from importlib.resources.abc import Traversable
-from pathlib import Path
 from typing import Any
 
 from deepspeed.comm.config import CommsLoggerConfig  # type: ignore[import-untyped]
@@ -19,11 +15,10 @@ from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleCon
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig  # type: ignore[import-untyped]
 from pydantic import BaseModel, ValidationError
 
-import llamapro
 from llamapro.config.root import RunConfig
+from llamapro.config.strategies import Json, read_overlay, strategy
 from llamapro.errors import ConfigError
 
-Json = dict[str, Any]
 KeyPath = tuple[str, ...]
 
 SECTIONS: Mapping[KeyPath, type[BaseModel]] = {
@@ -85,39 +80,6 @@ def deepspeed_configuration(
     return overlaid(filled, read_overlay(config.engine.deepspeed), str(config.engine.deepspeed))
 
 
-def strategy(zero_stage: int) -> Json:
-    """The JSON file of a ZeRO stage, as it is installed."""
-    text = _folder().joinpath(f"zero{zero_stage}.json").read_text(encoding="utf-8")
-    values: Json = json.loads(text)
-    return values
-
-
-def read_overlay(path: Path) -> Json:
-    """Read a JSON file that is to be laid over a strategy.
-
-    Raises:
-        ConfigError: it is not a JSON object, or has a key twice.
-    """
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> Json:
-        names = [name for name, _ in pairs]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
-        return dict(pairs)
-
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError([f"engine.deepspeed: not valid JSON: {error}"], str(path)) from error
-    except OSError as error:
-        raise ConfigError([f"engine.deepspeed: can't be read: {error.strerror}"], str(path)) from error
-    if not isinstance(values, dict):
-        raise ConfigError(["engine.deepspeed: must hold one JSON object"], str(path))
-    if repeated:
-        raise ConfigError([f"{name}: the key stands there twice; keep one" for name in repeated], str(path))
-    return values
-
-
 def overlaid(base: Json, overlay: Json, source: str) -> Json:
     """`base` with the values of `overlay`, section by section.
 
@@ -139,14 +101,6 @@ def _fill(values: Json, config: RunConfig) -> Json:
     device = "cpu" if config.engine.offload == "optimizer" else "none"
     values["zero_optimization"]["offload_optimizer"] = {"device": device, "pin_memory": True}
     return values
-
-
-def _folder() -> Traversable:
-    """The folder of the JSON files: installed with the package, or beside it in the repository."""
-    try:
-        return importlib.resources.files("llamapro.ds_configs")
-    except ModuleNotFoundError:
-        return Path(llamapro.__file__).resolve().parents[1] / "ds_configs"
 
 
 def _refusal(path: KeyPath, base: Json) -> str:

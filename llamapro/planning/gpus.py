@@ -7,7 +7,7 @@ from typing import Final
 
 from llamapro.errors import UserError
 
-_TERA = 1e12
+_TERA, _GIGA = 1e12, 1e9
 
 
 @dataclass(frozen=True)
@@ -18,38 +18,42 @@ class Gpu:
         name: as people say it, e.g. "h100"; its words must all be in the device's own name.
         bf16_flops: peak dense bf16 rate, FLOP/s, without sparsity, as on the data sheet.
         memory_gib: usable device memory, GiB.
+        memory_bandwidth: of the device memory, bytes per second.
+        link_bandwidth: to other GPUs of the same machine, bytes per second in one direction: NVLink, or PCIe.
     """
 
     name: str
     bf16_flops: float
     memory_gib: float
+    memory_bandwidth: float
+    link_bandwidth: float
 
 
 GPUS: Final = (
-    Gpu("b300", 2250 * _TERA, 268.0),
-    Gpu("b200", 2250 * _TERA, 179.0),
-    Gpu("gh200", 989 * _TERA, 95.0),
-    Gpu("h200", 989 * _TERA, 140.0),
-    Gpu("h200 nvl", 835 * _TERA, 140.0),
-    Gpu("h100", 989 * _TERA, 79.0),
-    Gpu("h100 pcie", 756 * _TERA, 79.0),
-    Gpu("h100 nvl", 835 * _TERA, 93.0),
-    Gpu("h800", 989 * _TERA, 79.0),
-    Gpu("h20", 148 * _TERA, 95.0),
-    Gpu("a100", 312 * _TERA, 79.0),
-    Gpu("a100 40gb", 312 * _TERA, 39.0),
-    Gpu("a800", 312 * _TERA, 79.0),
-    Gpu("a40", 149.7 * _TERA, 44.5),
-    Gpu("a30", 165 * _TERA, 23.5),
-    Gpu("a10", 125 * _TERA, 22.0),
-    Gpu("a10g", 70 * _TERA, 22.0),
-    Gpu("l40s", 362 * _TERA, 44.5),
-    Gpu("l40", 181 * _TERA, 44.5),
-    Gpu("l4", 121 * _TERA, 22.0),
-    Gpu("rtx a6000", 154.8 * _TERA, 47.5),
-    Gpu("rtx 4090", 165.2 * _TERA, 23.5),
-    Gpu("rtx 3090", 71 * _TERA, 23.5),
-    Gpu("mi300x", 1307.4 * _TERA, 191.0),
+    Gpu("b300", 2250 * _TERA, 268.0, 8 * _TERA, 900 * _GIGA),
+    Gpu("b200", 2250 * _TERA, 179.0, 8 * _TERA, 900 * _GIGA),
+    Gpu("gh200", 989 * _TERA, 95.0, 4 * _TERA, 450 * _GIGA),
+    Gpu("h200", 989 * _TERA, 140.0, 4.8 * _TERA, 450 * _GIGA),
+    Gpu("h200 nvl", 835 * _TERA, 140.0, 4.8 * _TERA, 450 * _GIGA),
+    Gpu("h100", 989 * _TERA, 79.0, 3.35 * _TERA, 450 * _GIGA),
+    Gpu("h100 pcie", 756 * _TERA, 79.0, 2 * _TERA, 64 * _GIGA),
+    Gpu("h100 nvl", 835 * _TERA, 93.0, 3.9 * _TERA, 300 * _GIGA),
+    Gpu("h800", 989 * _TERA, 79.0, 3.35 * _TERA, 200 * _GIGA),
+    Gpu("h20", 148 * _TERA, 95.0, 4 * _TERA, 450 * _GIGA),
+    Gpu("a100", 312 * _TERA, 79.0, 2.039 * _TERA, 300 * _GIGA),
+    Gpu("a100 40gb", 312 * _TERA, 39.0, 1.555 * _TERA, 300 * _GIGA),
+    Gpu("a800", 312 * _TERA, 79.0, 2.039 * _TERA, 200 * _GIGA),
+    Gpu("a40", 149.7 * _TERA, 44.5, 0.696 * _TERA, 32 * _GIGA),
+    Gpu("a30", 165 * _TERA, 23.5, 0.933 * _TERA, 32 * _GIGA),
+    Gpu("a10", 125 * _TERA, 22.0, 0.6 * _TERA, 32 * _GIGA),
+    Gpu("a10g", 70 * _TERA, 22.0, 0.6 * _TERA, 32 * _GIGA),
+    Gpu("l40s", 362 * _TERA, 44.5, 0.864 * _TERA, 32 * _GIGA),
+    Gpu("l40", 181 * _TERA, 44.5, 0.864 * _TERA, 32 * _GIGA),
+    Gpu("l4", 121 * _TERA, 22.0, 0.3 * _TERA, 32 * _GIGA),
+    Gpu("rtx a6000", 154.8 * _TERA, 47.5, 0.768 * _TERA, 32 * _GIGA),
+    Gpu("rtx 4090", 165.2 * _TERA, 23.5, 1.008 * _TERA, 32 * _GIGA),
+    Gpu("rtx 3090", 71 * _TERA, 23.5, 0.936 * _TERA, 32 * _GIGA),
+    Gpu("mi300x", 1307.4 * _TERA, 191.0, 5.3 * _TERA, 448 * _GIGA),
 )
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from llamapro.errors import ModelRefused
-from llamapro.expansion.families import family_of
+from llamapro.expansion.families import Family, family_of
+from llamapro.expansion.family import NormStyle
 from llamapro.expansion.kinds import one_line, quiet_transformers
 from llamapro.planning.shape import BlockSize, DecoderShape
 
@@ -30,12 +31,12 @@ def measure(config: Mapping[str, Any]) -> DecoderShape:
     Raises:
         ModelRefused: transformers can't build it, or no family says where its blocks are.
     """
-    prefix = family_of(config).decoder_prefix
+    family = family_of(config)
     model = _without_weights(config)
-    decoder = prefix.removesuffix(".")
+    decoder = family.decoder_prefix.removesuffix(".")
     kept = _kept_by_blocks(model, decoder)
     sizes = tuple(
-        replace(_block_size(model.config, block, index), kept=kept[index])
+        replace(_block_size(model.config, block, index), kept=kept[index], **_ending(family, block))
         for index, block in enumerate(model.get_submodule(decoder).children())
     )
     everything = sum(parameter.numel() for parameter in model.parameters())
@@ -96,6 +97,19 @@ def _block_size(config: "PretrainedConfig", block: "nn.Module", index: int) -> B
     )
     parameters = sum(parameter.numel() for parameter in block.parameters())
     return BlockSize(parameters, matrices, _window(config, index))
+
+
+def _ending(family: Family, block: "nn.Module") -> dict[str, Any]:
+    """Whether there are experts, and the weights of the linear that writes the last branch's result.
+
+    0 where that result is needed: by a norm behind the branch, or for the shares of experts.
+    """
+    experts = any(_is_routed(name, parameter) for name, parameter in block.named_parameters())
+    if experts or family.norm_style not in (NormStyle.PRE, NormStyle.PARALLEL):
+        return {"experts": experts, "last_matrix": 0}
+    modules = dict(block.named_modules())
+    last = next((modules[name].weight.numel() for name in family.writers[-1] if name in modules), 0)
+    return {"experts": False, "last_matrix": last}
 
 
 def _is_routed(name: str, parameter: "nn.Parameter") -> bool:

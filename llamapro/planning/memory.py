@@ -5,24 +5,30 @@ activations, frozen ones above it no inputs of their linears. Estimators that co
 by a factor of three here.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-from llamapro.planning.flops import forward_flops_of_block
-from llamapro.planning.recompute import BlockCost, peak_bytes
+from llamapro.planning.activations import FLOAT32_BYTES, block_at_work_bytes, kept_bytes, outside_bytes
+from llamapro.planning.buffers import Buffers
+from llamapro.planning.flops import again_flops_of_block
+from llamapro.planning.recompute import BlockCost, peak_parts
 from llamapro.planning.shape import DecoderShape, Learning
 
+DeviceKind = Literal["cuda", "cpu"]
+
 GIB: Final = 1 << 30
-FLOAT32_BYTES: Final = 4
 WEIGHT_BYTES: Final = {"bf16": 2, "float32": 4, "fp8-frozen": 2}
 # Float32 master weight and two moments.
 OPTIMIZER_BYTES: Final = 3 * FLOAT32_BYTES
-# At stage 3: the block at work and the one fetched ahead.
-_GATHERED_BLOCKS = 2
 # The loss is computed in chunks of so many logits, which exist as logits, softmax and gradient.
-_LOGIT_CHUNK_ELEMENTS = 1 << 27
-_LOGIT_COPIES = 3
+LOGIT_CHUNK_ELEMENTS: Final = {"cuda": 1 << 27, "cpu": 1 << 23}
+_LOGIT_COPIES: Final = 3
+# Stage 1 in bf16 sums the gradients of small models in a copy; DeepSpeed's own bound, in elements.
+_SUMMED_AT_ONCE: Final = 500_000_000
+# torch's AdamW on the CPU makes the update and its denominator; the fused one of GPUs makes nothing.
+_ADAMW_COPIES: Final = {"cuda": 0, "cpu": 2}
 
 
 @dataclass(frozen=True)
@@ -31,29 +37,47 @@ class Memory:
 
     Attributes:
         weights: all parameters as computed with; at stage 3 this rank's share.
-        gathered: at stage 3, whole blocks and the head while they are used.
+        gathered: at stage 3, the parameters that are held whole at once.
         gradients: float32, of trainable parameters.
         optimizer: float32 master weights and moments of trainable parameters.
-        activations: the most that blocks keep at any moment for the backward pass of one micro-batch.
-        logits: the chunk of logits that the loss works on.
+        communication: DeepSpeed's buffers for gradients on their way.
+        frozen, trainable: what frozen and trainable blocks keep for the backward pass of one micro-batch, at the
+            moment when all of them together keep most.
+        logits: what the loss works on: a chunk of logits, the final hidden states.
+        block_at_work: what comes and goes in a block's backward pass, when the loss is done.
+        update: what comes and goes in the optimizer step, when no activations are left.
     """
 
     weights: float
     gathered: float
     gradients: float
     optimizer: float
-    activations: float
+    communication: float
+    frozen: float
+    trainable: float
     logits: float
+    block_at_work: float
+    update: float
 
     @property
     def static(self) -> float:
         """What does not depend on the micro-batch."""
-        return self.weights + self.gathered + self.gradients + self.optimizer
+        return self.weights + self.gathered + self.gradients + self.optimizer + self.communication
+
+    @property
+    def activations(self) -> float:
+        """The most that blocks keep at any moment."""
+        return self.frozen + self.trainable
+
+    @property
+    def at_work(self) -> float:
+        """What comes and goes on top of the activations: in the loss or in a block, whichever is more."""
+        return max(self.logits, self.block_at_work)
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.static + self.activations + self.logits
+        """The most at any moment."""
+        return self.static + max(self.activations + self.at_work, self.update)
 
 
 def estimate_memory(
@@ -66,6 +90,9 @@ def estimate_memory(
     micro_tokens: int,
     sequence_length: int,
     recomputed: Collection[int] = (),
+    fused: bool = False,
+    device: DeviceKind = "cuda",
+    buffers: Buffers | None = None,
 ) -> Memory:
     """Memory of one device in training.
 
@@ -75,89 +102,82 @@ def estimate_memory(
         micro_tokens: tokens per device in one forward and backward pass.
         sequence_length: tokens that attention runs over.
         recomputed: blocks that are computed again in the backward pass.
+        fused: blocks are compiled.
+        buffers: None: those of the stage's own settings.
     """
     width = WEIGHT_BYTES[precision]
-    costs = block_costs(shape, learning, width, micro_tokens, sequence_length)
+    buffers = buffers or Buffers.of(zero_stage)
+    costs = block_costs(shape, learning, width, micro_tokens, sequence_length, fused=fused)
+    frozen, trainable_bytes = peak_parts(costs, recomputed)
     trainable = learning.parameters(shape)
-    logits = min(micro_tokens * shape.vocabulary, _LOGIT_CHUNK_ELEMENTS) * FLOAT32_BYTES * _LOGIT_COPIES
-    largest = max(size.parameters for size in shape.block_sizes)
-    gathered = _GATHERED_BLOCKS * largest + shape.head_parameters
     split_weights = zero_stage >= 3 and world_size > 1
     return Memory(
         weights=shape.parameters * width / (world_size if split_weights else 1),
-        gathered=gathered * width if split_weights else 0.0,
+        gathered=min(shape.parameters, buffers.gathered) * width if split_weights else 0.0,
         gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
         optimizer=trainable * OPTIMIZER_BYTES / world_size,
-        activations=peak_bytes(costs, recomputed),
-        logits=float(logits),
+        communication=_communication(zero_stage, world_size, width, min(buffers.reduced, trainable), buffers),
+        frozen=frozen,
+        trainable=trainable_bytes,
+        logits=_logits(shape, width, micro_tokens, device),
+        block_at_work=micro_tokens * block_at_work_bytes(shape, width) if costs else 0.0,
+        update=_update(zero_stage, world_size, width, trainable, device),
     )
 
 
 def block_costs(
-    shape: DecoderShape, learning: Learning, width: int, micro_tokens: int, sequence_length: int
+    shape: DecoderShape,
+    learning: Learning,
+    width: int,
+    micro_tokens: int,
+    sequence_length: int,
+    *,
+    fused: bool = False,
 ) -> tuple[BlockCost, ...]:
     """What each block of the backward pass keeps, and what computing it again costs; from the lowest upward.
 
     Args:
         width: bytes per activation, 2 for bf16.
         sequence_length: tokens that attention runs over.
+        fused: blocks are compiled.
     """
     lowest = learning.lowest()
     blocks = () if lowest is None else range(lowest, shape.blocks)
     return tuple(
         BlockCost(
             block=block,
-            kept=micro_tokens * kept_bytes(shape, block, learning.includes(block), width, sequence_length),
+            kept=micro_tokens * kept_bytes(shape, block, learning.includes(block), width, sequence_length, fused=fused),
             entry=float(micro_tokens * shape.hidden * width),
-            flops=forward_flops_of_block(shape, block, sequence_length),
+            flops=again_flops_of_block(shape, block, sequence_length),
+            trainable=learning.includes(block),
         )
         for block in blocks
     )
 
 
-def kept_bytes(shape: DecoderShape, block: int, trainable: bool, width: int, sequence_length: int) -> float:
-    """Bytes per token that a block keeps when it runs operation by operation.
+def _communication(zero_stage: int, world_size: int, width: int, reduced: int, buffers: Buffers) -> float:
+    """The bucket that gradients are laid into, and with several ranks its float32 copies on their way.
 
-    What transformers' own code keeps, where that could be seen; otherwise what a gated block of that size does.
+    Stage 1 has none while activations exist (see `_update`); stage 3 makes its bucket at the start, whatever learns.
     """
-    if kept := shape.block_sizes[block].kept:
-        return kept[width, trainable].at(sequence_length)
-    scores = score_bytes(shape, width, sequence_length) if shape.scores_kept else 0
-    return scores + (trainable_block_bytes if trainable else frozen_block_bytes)(shape, width)
+    if zero_stage == 1:
+        return 0.0
+    on_their_way = reduced * FLOAT32_BYTES if world_size > 1 else 0
+    bucket = buffers.reduced * (width if zero_stage == 2 else FLOAT32_BYTES)
+    return float(bucket + on_their_way)
 
 
-def score_bytes(shape: DecoderShape, width: int, sequence_length: int) -> float:
-    """Bytes per token that attention without a fused kernel keeps: scores, mask and weights of a whole row."""
-    return shape.heads * sequence_length * (FLOAT32_BYTES + 2 * width + 1)
+def _logits(shape: DecoderShape, width: int, micro_tokens: int, device: DeviceKind) -> float:
+    rows = max(1, LOGIT_CHUNK_ELEMENTS[device] // shape.vocabulary)
+    chunk = min(micro_tokens, rows) * shape.vocabulary * FLOAT32_BYTES * _LOGIT_COPIES
+    return chunk + micro_tokens * outside_bytes(shape, width)
 
 
-def frozen_block_bytes(shape: DecoderShape, width: int) -> float:
-    """Bytes per token that a frozen block keeps, run operation by operation.
-
-    Beyond what fused kernels keep: the norms keep float32 copies of their inputs and their scales, the gate its
-    activation.
-    """
-    norms = 2 * (shape.hidden * (FLOAT32_BYTES - width) + FLOAT32_BYTES)
-    return fused_frozen_block_bytes(shape, width) + norms + shape.intermediate * width
-
-
-def trainable_block_bytes(shape: DecoderShape, width: int) -> float:
-    """Bytes per token that a trainable block keeps, run operation by operation.
-
-    Beyond a frozen one: each norm's result before and after its weight, and the product that the last linear takes.
-    """
-    return frozen_block_bytes(shape, width) + (4 * shape.hidden + shape.intermediate) * width
-
-
-def fused_frozen_block_bytes(shape: DecoderShape, width: int) -> float:
-    """Bytes per token that a frozen block keeps with fused kernels, which keep inputs only.
-
-    Both norms' inputs, query, key, value, the attention's result and its log-sum-exp, gate and up.
-    """
-    attention = (2 * shape.query_width + 2 * shape.key_width) * width + shape.heads * FLOAT32_BYTES
-    return 2 * shape.hidden * width + attention + 2 * shape.intermediate * width
-
-
-def fused_trainable_block_bytes(shape: DecoderShape, width: int) -> float:
-    """The same for a trainable block: its linears' inputs as well, which are the norms' results and the product."""
-    return fused_frozen_block_bytes(shape, width) + (2 * shape.hidden + shape.intermediate) * width
+def _update(zero_stage: int, world_size: int, width: int, trainable: int, device: DeviceKind) -> float:
+    """Copies of this rank's gradients in the optimizer step; at stage 1 in bf16 those of the sum over ranks before."""
+    share = trainable * FLOAT32_BYTES / world_size
+    summed = 0.0
+    if zero_stage == 1 and width < FLOAT32_BYTES and trainable <= _SUMMED_AT_ONCE:
+        summed = float(trainable * FLOAT32_BYTES)
+    flattened = share if zero_stage == 3 else 0.0
+    return max(summed, math.fsum([flattened, share * _ADAMW_COPIES[device]]))

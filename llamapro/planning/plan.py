@@ -4,12 +4,15 @@ Blocks are computed again in the backward pass only when nothing fits without th
 """
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Final, Literal
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
 
 from llamapro.errors import UserError
-from llamapro.planning.memory import GIB, WEIGHT_BYTES, Memory, block_costs, estimate_memory
+from llamapro.planning.buffers import Buffers
+from llamapro.planning.flops import FlopsPerToken, flops_per_token
+from llamapro.planning.memory import GIB, WEIGHT_BYTES, DeviceKind, Memory, block_costs, estimate_memory
 from llamapro.planning.recompute import (
     BlockCost,
     fewest_recomputed,
@@ -21,7 +24,9 @@ from llamapro.planning.shape import DecoderShape, Learning
 ZERO_STAGES: Final = (1, 2, 3)
 # What is in FP8 is whole on every rank.
 FP8_STAGES: Final = (1, 2)
-# Kept free for communication buffers, fragmentation and the device's own needs.
+# Stages whose blocks can be compiled whole; at stage 3 hooks gather weights in the middle of them.
+COMPILED_STAGES: Final = (1, 2)
+# Kept free for fragmentation, workspaces of libraries, NCCL and the device's own needs.
 RESERVED_FRACTION: Final = 0.1
 # On CPUs larger micro-batches gain nothing and cost memory.
 CPU_MICRO_TOKENS: Final = 2048
@@ -35,6 +40,9 @@ class Job:
         precision: as `engine.precision`.
         share: sequences per rank and optimizer step, rounded up.
         activation_memory_gib: as `engine.activation_memory_gib`.
+        compiled: blocks are compiled where the stage allows it.
+        device: what ranks compute on.
+        overlay: the content of `engine.deepspeed`.
     """
 
     shape: DecoderShape
@@ -44,6 +52,9 @@ class Job:
     world_size: int
     share: int
     activation_memory_gib: float | Literal["auto", "unlimited"] = "auto"
+    compiled: bool = False
+    device: DeviceKind = "cuda"
+    overlay: Mapping[str, Any] = field(default_factory=dict)
 
     def memory(self, zero_stage: int, micro_sequences: int, recomputed: Collection[int] = ()) -> Memory:
         """Memory per device under these choices."""
@@ -56,15 +67,37 @@ class Job:
             micro_tokens=micro_sequences * self.sequence_length,
             sequence_length=self.sequence_length,
             recomputed=recomputed,
+            fused=self.fused(zero_stage),
+            device=self.device,
+            buffers=Buffers.of(zero_stage, self.overlay),
         )
+
+    def fused(self, zero_stage: int) -> bool:
+        """Whether blocks are compiled at this stage."""
+        return self.compiled and zero_stage in COMPILED_STAGES
+
+    def flops(self, recomputed: Collection[int] = ()) -> FlopsPerToken:
+        """FLOPs per token."""
+        return flops_per_token(self.shape, self.learning, self.sequence_length, recomputed)
 
     def recomputed(self, zero_stage: int, micro_sequences: int, budget: float) -> frozenset[int] | None:
         """The fewest blocks to compute again so that everything fits; None when it doesn't fit in any case."""
         memory = self.memory(zero_stage, micro_sequences)
-        room = min(self.activation_limit, budget - memory.static - memory.logits)
+        if memory.static + memory.update > budget:
+            return None
+        room = min(self.activation_limit, budget - memory.static - memory.at_work)
         if self.activation_memory_gib == "unlimited":
             return frozenset() if memory.activations <= room else None
-        return fewest_recomputed(self.costs(micro_sequences), room)
+        return fewest_recomputed(self.costs(zero_stage, micro_sequences), room)
+
+    def fits(self, zero_stage: int, micro_sequences: int, budget: float) -> bool:
+        """Whether everything fits without computing anything again."""
+        memory = self.memory(zero_stage, micro_sequences)
+        return memory.total <= budget and memory.activations <= self.activation_limit
+
+    def largest_micro_batch(self, zero_stage: int, budget: float) -> int:
+        """The most sequences that fit without computing anything again; 0 when one doesn't."""
+        return bisect_left(range(1, self.share + 1), True, key=lambda micro: not self.fits(zero_stage, micro, budget))
 
     @property
     def activation_limit(self) -> float:
@@ -72,15 +105,20 @@ class Job:
         gib = self.activation_memory_gib
         return math.inf if isinstance(gib, str) else gib * GIB
 
-    def costs(self, micro_sequences: int) -> tuple[BlockCost, ...]:
+    def costs(self, zero_stage: int, micro_sequences: int) -> tuple[BlockCost, ...]:
         """The blocks of the backward pass with this micro-batch."""
-        micro_tokens = micro_sequences * self.sequence_length
-        width = WEIGHT_BYTES[self.precision]
-        return block_costs(self.shape, self.learning, width, micro_tokens, self.sequence_length)
+        return block_costs(
+            self.shape,
+            self.learning,
+            WEIGHT_BYTES[self.precision],
+            micro_sequences * self.sequence_length,
+            self.sequence_length,
+            fused=self.fused(zero_stage),
+        )
 
     def recompute_flops(self, recomputed: Collection[int]) -> float:
         """FLOPs per token that computing these blocks again takes."""
-        return sum(cost.flops for cost in self.costs(1) if cost.block in recomputed)
+        return self.flops(recomputed).block_recompute
 
 
 @dataclass(frozen=True)
@@ -129,17 +167,17 @@ def choose(
     """
     budget = math.inf if budget_bytes is None else budget_bytes
     smallest = micro_sequences or 1
-    _refuse_too_little(job, smallest)
     stages = (zero_stage,) if zero_stage else FP8_STAGES if job.precision == "fp8-frozen" else ZERO_STAGES
+    _refuse_too_little(job, stages, smallest)
     stage = _stage(job, stages, smallest, budget)
     largest = job.share if most_micro_tokens is None else most_micro_tokens // job.sequence_length
     largest = 1 if budget_bytes is None else largest
-    candidates = range(1, max(1, min(job.share, largest)) + 1)
-    fitting = [micro for micro in candidates if _fits_as_it_is(job, stage, micro, budget)] or [1]
-    micro = micro_sequences or min(fitting, key=lambda size: (_padded_rows(job.share, size), -size))
+    fitting = min(largest, job.largest_micro_batch(stage, budget))
+    candidates = range(1, max(1, fitting) + 1)
+    micro = micro_sequences or min(candidates, key=lambda size: (_padded_rows(job.share, size), -size))
     recomputed = job.recomputed(stage, micro, budget)
     if recomputed is None:
-        recomputed = _best_effort(job, micro)
+        recomputed = _best_effort(job, stage, micro)
     memory = job.memory(stage, micro, recomputed)
     return Choice(stage, micro, math.ceil(job.share / micro), recomputed, memory, memory.total <= budget)
 
@@ -154,23 +192,18 @@ def _stage(job: Job, stages: Collection[int], micro: int, budget: float) -> int:
     return min(costs, key=lambda stage: costs[stage], default=max(stages))
 
 
-def _fits_as_it_is(job: Job, stage: int, micro: int, budget: float) -> bool:
-    memory = job.memory(stage, micro)
-    return memory.total <= budget and memory.activations <= job.activation_limit
-
-
-def _best_effort(job: Job, micro: int) -> frozenset[int]:
+def _best_effort(job: Job, stage: int, micro: int) -> frozenset[int]:
     """What to compute again when memory is too small in any case."""
-    return frozenset() if job.activation_memory_gib == "unlimited" else most_recomputed(job.costs(micro))
+    return frozenset() if job.activation_memory_gib == "unlimited" else most_recomputed(job.costs(stage, micro))
 
 
-def _refuse_too_little(job: Job, micro: int) -> None:
-    """Refuse a number of bytes that activations can't be brought under.
+def _refuse_too_little(job: Job, stages: Collection[int], micro: int) -> None:
+    """Refuse a number of bytes that activations can't be brought under at any of these stages.
 
     Raises:
         UserError: says how many are needed.
     """
-    costs = job.costs(micro)
+    costs = min((job.costs(stage, micro) for stage in stages), key=least_peak_bytes)
     least = least_peak_bytes(costs)
     if least > job.activation_limit:
         largest = max(costs, key=lambda cost: cost.kept)

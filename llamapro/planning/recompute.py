@@ -12,13 +12,15 @@ class BlockCost:
         block: its id.
         kept: bytes that it keeps when it is computed once.
         entry: bytes of its input, which is all that a block to be computed again keeps.
-        flops: of its forward pass, per token.
+        flops: of computing it again, per token.
+        trainable: its parameters learn.
     """
 
     block: int
     kept: float
     entry: float
     flops: float
+    trainable: bool = False
 
     @property
     def saved_per_flop(self) -> float:
@@ -29,18 +31,26 @@ class BlockCost:
 def peak_bytes(costs: Sequence[BlockCost], recomputed: Collection[int]) -> float:
     """The most that activations of all blocks take at any moment.
 
-    The backward pass goes from the last block down. When a block is computed again, those above it are done, so its own
-    bytes come on top of what lies below it only.
-
     Args:
         costs: from the lowest block upward.
     """
-    held = most = 0.0
+    return sum(peak_parts(costs, recomputed))
+
+
+def peak_parts(costs: Sequence[BlockCost], recomputed: Collection[int]) -> tuple[float, float]:
+    """At the moment when activations take most: those of frozen blocks, and those of trainable ones.
+
+    The backward pass goes from the last block down. When a block is computed again, those above it are done, so its own
+    bytes come on top of what lies below it only.
+    """
+    held, most = [0.0, 0.0], [0.0, 0.0]
     for cost in costs:
-        again = cost.block in recomputed
-        most = max(most, held + cost.kept + (cost.entry if again else 0.0))
-        held += cost.entry if again else cost.kept
-    return most
+        again, kind = cost.block in recomputed, int(cost.trainable)
+        at_work = list(held)
+        at_work[kind] += cost.kept + (cost.entry if again else 0.0)
+        most = max(most, at_work, key=sum)
+        held[kind] += cost.entry if again else cost.kept
+    return most[0], most[1]
 
 
 def fewest_recomputed(costs: Sequence[BlockCost], budget: float) -> frozenset[int] | None:

@@ -15,13 +15,18 @@ class BlockSize:
     Attributes:
         parameters: all of them.
         matrices: weights that one token is multiplied with: linears and routers, and of experts those chosen.
+        last_matrix: those of the last linear where nothing keeps its result: a block that is computed again is left
+            before it.
         window: tokens that a position attends to at most, itself included; None: all before it.
+        experts: tokens go to different weights.
         kept: what its backward pass needs, by width and kind; empty where that couldn't be seen.
     """
 
     parameters: int
     matrices: int
     window: int | None = None
+    last_matrix: int = 0
+    experts: bool = False
     kept: "KeptByKind" = field(default_factory=dict, compare=False)
 
 

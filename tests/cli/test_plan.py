@@ -46,7 +46,9 @@ def test_expansions_stand_side_by_side(base: Path, capsys: pytest.CaptureFixture
     speed = [float(cell.replace(",", "")) for cell in cells(out, "tokens/s per GPU")]
     hours = [float(cell.replace(",", "")) for cell in cells(out, "GPU-hours")]
     assert speed[0] > speed[1] > speed[2] and hours[0] < hours[1] < hours[2]
-    assert "40%" in err and "989" in err
+    for assumption in ("989 TFLOP/s", "73% in linears", "37% forward", "3.35 TB/s", "50 GB/s", "71.10 GiB"):
+        assert assumption in err
+    assert out.count("largest micro-batch") == 3
 
 
 def test_without_a_gpu_no_speed_is_made_up(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +64,20 @@ def test_a_small_memory_raises_the_stage_and_says_when_nothing_fits(
     command = ["plan", "--model", str(base), "--new-blocks", "8", "--gpus", "16", "--gpu-memory-gib"]
     assert main([*command, "24"]) == 0
     assert cells(capsys.readouterr().out, "ZeRO stage") == ["3"]
-    assert main([*command, "4"]) == 0
-    assert "too much" in capsys.readouterr().out
+    assert main([*command, "7"]) == 0
+    out, err = capsys.readouterr()
+    assert "too much" in out and "doesn't fit in 6.30 GiB" in err and "ZeRO-3 over" in err
+
+
+def test_a_stated_rate_and_efficiency_replace_the_tables(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", str(base), "--new-blocks", "8", "--gpu", "h200"]
+    speeds = []
+    for more in ([], ["--gpu-bf16-tflops", "790"], ["--gpu-bf16-tflops", "790", "--efficiency", "1.0"]):
+        assert main([*command, *more]) == 0
+        out, err = capsys.readouterr()
+        speeds.append(float(cells(out, "tokens/s per GPU")[0].replace(",", "")))
+    assert speeds[1] < speeds[0] < speeds[2]
+    assert "790 TFLOP/s" in err and "100% in linears" in err
 
 
 def test_a_run_is_planned_from_its_configuration_without_its_data(
@@ -80,7 +94,10 @@ def test_a_run_is_planned_from_its_configuration_without_its_data(
     assert main(["plan", "--config", str(tmp_path / "run.yaml"), "--gpus", "2", "--gpu", "a100"]) == 0
     out = capsys.readouterr().out
     assert "2 of 6" in out and "0.000512 billion" in out
-    assert [cells(out, item) for item in ("gradients", "activations")]
+    for item in ("gradients", "communication buffers", "activations, frozen", "activations, trainable", "logits"):
+        assert len(cells(out, item)) == 3
+    assert float(cells(out, "hardware (HFU)")[0]) > float(cells(out, "model (MFU)")[0])
+    assert [len(cells(out, kind)) for kind in ("linears", "glue", "communication  ")] == [3, 3, 3]
     assert cells(out, "recomputed") == ["no block"]
     values["engine"], values["batch"]["micro_sequences"] = {"activation_memory_gib": 5e-4}, 4
     (tmp_path / "run.yaml").write_bytes(orjson.dumps(values))
@@ -94,6 +111,9 @@ def test_a_run_is_planned_from_its_configuration_without_its_data(
     [
         (["--gpu", "h300"], "did you mean"),
         (["--gpus", "0"], "at least 1"),
+        (["--efficiency", "1.5"], "between 0 and 1"),
+        (["--gpu-memory-gib", "-3"], "more than 0"),
+        (["--gpu-bf16-tflops", "700"], "name it"),
     ],
 )
 def test_what_can_not_be_planned_is_refused(

@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from llamapro.modeling.blocks import prepare_blocks
+from llamapro.modeling.recompute import recompute_blocks
+from llamapro.modeling.trainable import TrainableSet
 from llamapro.planning.flops import FlopsPerToken, flops_per_token
 from llamapro.planning.shape import DecoderShape, Learning
 
@@ -83,16 +86,23 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes, "attn_implementation": "eager"})
 
 
-def counted(config: LlamaConfig, learning: Learning, rows: int, length: int) -> float:
-    """FLOPs of one forward and backward pass as torch counts them."""
-    model = LlamaForCausalLM(config)
+def counted(
+    config: PretrainedConfig, learning: Learning, rows: int, length: int, recomputed: frozenset[int] = frozenset()
+) -> float:
+    """FLOPs of one forward and backward pass through blocks of all kinds, as torch counts them."""
+    model = MODELS[type(config)](config)
     for name, parameter in model.named_parameters():
         block = name.removeprefix("model.layers.").partition(".")[0]
         parameter.requires_grad_(learning.everything or (block.isdecimal() and int(block) in learning.blocks))
+    prepare_blocks(model.model.layers, TrainableSet(learning.blocks, learning.everything))
+    recompute_blocks(model.model.layers, recomputed)
     ids = torch.randint(0, config.vocab_size, (rows, length))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.float().sum().backward()
     return float(counter.get_total_flops())
+
+
+MODELS: dict[type, Any] = {LlamaConfig: LlamaForCausalLM, Qwen3MoeConfig: Qwen3MoeForCausalLM}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +110,11 @@ def counted(config: LlamaConfig, learning: Learning, rows: int, length: int) -> 
     [Learning(frozenset({2, 4})), Learning(frozenset({1})), Learning(frozenset({0, 4})), Learning(frozenset(), True)],
     ids=["2 and 4", "1", "0 and 4", "everything"],
 )
-@pytest.mark.parametrize("changes", [{}, {"head_dim": 16, "num_key_value_heads": 4}], ids=["grouped", "wide heads"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"head_dim": 16, "num_key_value_heads": 4}, {"tie_word_embeddings": True}],
+    ids=["grouped", "wide heads", "tied head"],
+)
 def test_torch_counts_the_same(learning: Learning, changes: dict[str, Any]) -> None:
     config, rows, length = tiny_config(**changes), 2, 12
     flops = flops_per_token(DecoderShape.from_config(config.to_dict()), learning, length)
@@ -108,3 +122,38 @@ def test_torch_counts_the_same(learning: Learning, changes: dict[str, Any]) -> N
     # torch counts the whole square of the scores, this project the causal half.
     expected = rows * length * (flops.model + attention)
     assert counted(config, learning, rows, length) == expected
+
+
+@pytest.mark.parametrize("recomputed", [{3}, {4}, {2, 3, 4}], ids=["frozen", "trainable", "all"])
+def test_torch_counts_the_same_with_blocks_computed_again(recomputed: set[int]) -> None:
+    config, learning, rows, length = tiny_config(), Learning(frozenset({2, 4})), 2, 12
+    flops = flops_per_token(DecoderShape.from_config(config.to_dict()), learning, length, recomputed)
+    more = counted(config, learning, rows, length, frozenset(recomputed)) - counted(config, learning, rows, length)
+    squares = len(recomputed) * flops.forward_attention / 5
+    assert more == rows * length * (flops.block_recompute + squares)
+    assert flops.hardware == flops.model + flops.attention_recompute + flops.block_recompute
+
+
+def test_torch_counts_the_same_of_experts() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3MoeConfig(**sizes, **experts, **heads, attn_implementation="eager", experts_implementation="eager")
+    learning, rows, length = Learning(frozenset({1})), 2, 12
+    flops = flops_per_token(DecoderShape.from_config(config.to_dict()), learning, length)
+    attention = flops.forward_attention + flops.attention_backward
+    assert counted(config, learning, rows, length) == rows * length * (flops.model + attention)
+
+
+def test_what_frozen_weights_do_is_told_apart() -> None:
+    flops = paper(Learning(NEW))
+    assert flops.linear / GIGA == pytest.approx(34.523, abs=1e-3)
+    assert flops.frozen_linear / GIGA == pytest.approx(24.285, abs=1e-3)
+
+
+def test_a_block_computed_again_ends_before_its_last_linear() -> None:
+    shape = DecoderShape.from_config(LLAMA2_7B)
+    flops = flops_per_token(shape, Learning(NEW), 4096, {4, 5})
+    assert flops.block_recompute == 2 * (2 * (202_375_168 - 4096 * 11008) + 4096 * 4096 * 2)
+    sandwich = DecoderShape.from_config({**LLAMA2_7B, "model_type": "olmo2", "num_hidden_layers": 2})
+    assert {size.last_matrix for size in sandwich.block_sizes} == {0}

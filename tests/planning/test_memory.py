@@ -8,16 +8,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llamapro.planning.memory import (
-    Memory,
-    block_costs,
-    estimate_memory,
+from llamapro.modeling.loss import CHUNK_ELEMENTS
+from llamapro.planning.activations import (
     frozen_block_bytes,
     fused_frozen_block_bytes,
     fused_trainable_block_bytes,
     trainable_block_bytes,
 )
-from llamapro.planning.shape import BlockSize, DecoderShape, Learning
+from llamapro.planning.buffers import Buffers
+from llamapro.planning.memory import LOGIT_CHUNK_ELEMENTS, Memory, block_costs, estimate_memory
+from llamapro.planning.shape import DecoderShape, Learning
 
 SHAPE = DecoderShape.from_config(
     {
@@ -33,16 +33,9 @@ NEW = Learning(frozenset(range(4, 40, 5)))
 GIGA = 1e9
 
 
-def paper(zero_stage: int, world_size: int, precision: str = "bf16") -> Memory:
-    return estimate_memory(
-        SHAPE,
-        NEW,
-        precision=precision,
-        zero_stage=zero_stage,
-        world_size=world_size,
-        micro_tokens=4096,
-        sequence_length=4096,
-    )
+def paper(zero_stage: int, world_size: int, precision: str = "bf16", **more: Any) -> Memory:
+    choices: dict[str, Any] = {"micro_tokens": 4096, "sequence_length": 4096, **more}
+    return estimate_memory(SHAPE, NEW, precision=precision, zero_stage=zero_stage, world_size=world_size, **choices)
 
 
 def test_the_papers_model_on_one_device() -> None:
@@ -63,13 +56,21 @@ def test_the_papers_model_on_one_device() -> None:
 )
 def test_what_each_stage_splits_over_16_devices(stage: int, static: float) -> None:
     memory = paper(stage, 16)
-    assert (memory.static - memory.gathered) / GIGA == pytest.approx(static, abs=0.01)
+    assert (memory.static - memory.gathered - memory.communication) / GIGA == pytest.approx(static, abs=0.01)
 
 
-def test_only_stage_3_on_several_devices_gathers() -> None:
-    assert paper(3, 16).gathered == 2 * (2 * 202_383_360 + 32000 * 4096)
+def test_only_stage_3_on_several_devices_gathers_as_much_as_deepspeed_is_told() -> None:
+    assert paper(3, 16).gathered == 2 * 1_000_000_000
+    assert paper(3, 16, buffers=Buffers(1, gathered=10**12)).gathered == paper(1, 1).weights
     assert paper(3, 1).gathered == paper(2, 16).gathered == 0
-    assert paper(3, 1).static == paper(1, 1).static
+
+
+def test_buffers_are_as_large_as_deepspeed_is_told() -> None:
+    assert [paper(stage, 1).communication for stage in (1, 2, 3)] == [0, 2 * 10**8, 4 * 10**8]
+    assert [paper(stage, 16).communication for stage in (1, 2, 3)] == [0, 6 * 10**8, 8 * 10**8]
+    overlay = {"zero_optimization": {"reduce_bucket_size": 5_000_000, "stage3_max_live_parameters": 7.0}}
+    assert Buffers.of(3, overlay) == Buffers(5_000_000, 7)
+    assert Buffers.of(2, overlay) == Buffers(5_000_000)
 
 
 def test_float32_doubles_weights_and_nothing_that_already_is() -> None:
@@ -108,39 +109,50 @@ def test_where_the_models_code_could_not_be_seen_a_gated_block_stands_for_it() -
 
 
 def test_a_recomputed_block_keeps_its_input() -> None:
-    whole = paper(1, 1)
-    one = estimate_memory(
-        SHAPE,
-        NEW,
-        precision="bf16",
-        zero_stage=1,
-        world_size=1,
-        micro_tokens=4096,
-        sequence_length=4096,
-        recomputed={4},
-    )
+    whole, one = paper(1, 1), paper(1, 1, recomputed={4})
     assert whole.activations - one.activations == 4096 * (186_504 - 2 * 4096)
     assert whole.static == one.static
 
 
-def test_the_largest_block_decides_what_is_gathered() -> None:
-    sizes = (BlockSize(10, 10), BlockSize(1000, 10))
-    uneven = replace(SHAPE, block_sizes=sizes, other_parameters=0)
-    memory = estimate_memory(
-        uneven, NEW, precision="bf16", zero_stage=3, world_size=2, micro_tokens=1, sequence_length=1
-    )
-    assert memory.gathered == 2 * (2 * 1000 + 32000 * 4096)
+def test_activations_are_told_by_kind_of_block() -> None:
+    whole, one = paper(1, 1), paper(1, 1, recomputed={4})
+    assert (whole.frozen, whole.trainable) == (4096 * 28 * 131_720, 4096 * 8 * 186_504)
+    assert one.frozen == whole.frozen and whole.trainable - one.trainable == 4096 * (186_504 - 8192)
+
+
+def test_compiled_blocks_keep_the_inputs_of_fused_kernels() -> None:
+    fused = paper(1, 1, fused=True)
+    assert (fused.frozen, fused.trainable) == (4096 * 28 * 93_312, 4096 * 8 * 131_712)
+    assert fused.activations / GIGA == pytest.approx(15.0, abs=0.05)
+
+
+def test_six_sequences_fit_on_an_h200() -> None:
+    six, seven = (paper(1, 1, fused=True, micro_tokens=count * 4096).total for count in (6, 7))
+    assert 42.6 + 6 * 15.0 <= six / GIGA <= 42.6 + 6 * 15.0 + 5
+    assert six < 0.9 * 143_771 * (1 << 20) < seven
 
 
 def test_logits_are_bounded_by_the_loss_working_in_chunks() -> None:
-    few, many = (
-        estimate_memory(
-            SHAPE, NEW, precision="bf16", zero_stage=1, world_size=1, micro_tokens=tokens, sequence_length=10
-        )
-        for tokens in (10, 100_000)
-    )
-    assert few.logits == 10 * 32000 * 4 * 3
-    assert many.logits == 2**27 * 4 * 3
+    assert LOGIT_CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    per_token = (3 * 4096 + 2 * 128) * 2
+    assert paper(1, 1, micro_tokens=10).logits == 10 * (32000 * 4 * 3 + per_token)
+    for device, elements in CHUNK_ELEMENTS.items():
+        many: Any = paper(1, 1, micro_tokens=100_000, device=device).logits
+        assert many == elements // 32000 * 32000 * 4 * 3 + 100_000 * per_token
+
+
+def test_the_loss_and_a_block_at_work_are_never_there_together() -> None:
+    memory = paper(1, 1, micro_tokens=12 * 4096)
+    assert memory.block_at_work == 12 * 4096 * (3 * 11008 + 2 * 4096 + 2 * 128) * 2 > memory.logits
+    assert memory.total == memory.static + memory.activations + memory.block_at_work
+    assert paper(1, 1, micro_tokens=64).at_work == paper(1, 1, micro_tokens=64).logits
+
+
+def test_a_short_micro_batch_may_take_less_than_the_optimizer_step() -> None:
+    memory = paper(3, 1, micro_tokens=16)
+    assert memory.update == 4 * 1_619_066_880 and memory.total == memory.static + memory.update
+    assert paper(1, 1, micro_tokens=16, device="cpu").update == 2 * 4 * 1_619_066_880
+    assert paper(1, 1).update == 0
 
 
 def saved_bytes_per_token(trainable: bool) -> tuple[float, DecoderShape]:

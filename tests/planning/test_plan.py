@@ -79,7 +79,7 @@ def test_when_no_stage_fits_the_fewest_blocks_that_make_one_fit_are_recomputed()
     assert (choice.zero_stage, choice.micro_sequences, choice.fits) == (3, 1, True)
     assert choice.recomputed == {4, 9}  # of 0.76 GB each; those that learn keep most, and the lowest come first
     assert needed - 2 * GIB < choice.memory.total <= needed - GIB
-    assert job().recompute_flops(choice.recomputed) == 2 * (2 * 202_375_168 + 2 * 2 * 4096 * 4096 // 2)
+    assert job().recompute_flops(choice.recomputed) == 2 * (2 * (202_375_168 - 4096 * 11008) + 2 * 4096 * 4096)
 
 
 def test_unlimited_recomputes_nothing_even_when_nothing_fits() -> None:
@@ -109,7 +109,7 @@ def test_a_given_micro_batch_is_kept_within_the_number() -> None:
 
 
 def test_less_than_a_block_at_work_is_refused_with_numbers() -> None:
-    least = least_peak_bytes(job().costs(1)) / GIB
+    least = least_peak_bytes(job().costs(3, 1)) / GIB
     with pytest.raises(UserError, match=rf"engine.activation_memory_gib: 0.5 GiB .* give at least {least:.3g}"):
         choose(replace(job(), activation_memory_gib=0.5), budget_bytes=1e15)
     choice = choose(replace(job(), activation_memory_gib=least * 1.0001), budget_bytes=1e15)
@@ -118,3 +118,35 @@ def test_less_than_a_block_at_work_is_refused_with_numbers() -> None:
 
 def test_some_memory_is_kept_free() -> None:
     assert usable_bytes(80 * GIB) == pytest.approx(72 * GIB)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_largest_micro_batch_is_the_last_that_fits(stage: int) -> None:
+    planned = job(share=40)
+    budget = planned.memory(stage, 3).total
+    assert planned.largest_micro_batch(stage, budget) == 3
+    assert planned.largest_micro_batch(stage, budget - 1) == 2
+    assert planned.largest_micro_batch(stage, 1e15) == 40
+    assert planned.largest_micro_batch(stage, GIB) == 0
+
+
+def test_buffers_count_when_a_stage_is_chosen() -> None:
+    large = replace(job(), overlay={"zero_optimization": {"reduce_bucket_size": 500_000_000}})
+    budget = job().memory(2, 1).total
+    assert choose(job(), budget_bytes=budget).zero_stage == 2
+    assert choose(large, budget_bytes=budget).zero_stage == 3
+
+
+def test_compiled_blocks_make_room_at_the_stages_that_compile() -> None:
+    compiled = replace(job(), compiled=True)
+    assert compiled.memory(1, 1).activations < job().memory(1, 1).activations
+    assert compiled.memory(3, 1) == job().memory(3, 1)
+
+
+def test_a_number_that_only_compiled_blocks_keep_within_is_not_refused() -> None:
+    compiled = replace(job(), compiled=True)
+    least = least_peak_bytes(compiled.costs(1, 1)) / GIB * 1.0001
+    limited = replace(compiled, activation_memory_gib=least)
+    assert choose(limited, budget_bytes=1e15).zero_stage == 1
+    with pytest.raises(UserError, match="engine.activation_memory_gib"):
+        choose(limited, budget_bytes=1e15, zero_stage=3)
