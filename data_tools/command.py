@@ -9,10 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.build import build_dataset
+from data_tools.decontaminate import CONTAMINATED
 from data_tools.fim import FimRequest
 from data_tools.mpi import launched_ranks, run_under_mpi
 from data_tools.pool import StartPool, usable_cores, worker_pool
 from data_tools.request import BuildRequest
+from data_tools.sealing import REJECTS_NAME
+from data_tools.work import CONTAMINATION_NAME
 from llamapro import console
 from llamapro.data.manifest import DatasetManifest
 
@@ -153,11 +156,18 @@ def _parse_once(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 
 def _show_built(output: Path, manifest: DatasetManifest, seconds: float) -> None:
-    rows = [[name, split.documents, split.tokens, split.text_bytes] for name, split in manifest.splits.items()]
-    console.table(f"dataset {output}", ["split", "documents", "tokens", "bytes of text"], rows)
+    show_splits(output, manifest)
     for reason, count in manifest.rejects.items():
-        console.warning(f"{count:,} rows were left out: {reason} (listed in {output / 'rejects.jsonl'})")
+        listed = output / (CONTAMINATION_NAME if reason == CONTAMINATED else REJECTS_NAME)
+        console.warning(f"{count:,} rows were left out: {reason} (listed in {listed})")
     if manifest.splits["heldout"].documents == 0:
         console.warning(f"{output} has no held-out documents, so it can't be validated on; raise --heldout")
     tokens = sum(split.tokens for split in manifest.splits.values())
     console.info(f"{tokens:,} tokens in {seconds:.1f} s; fingerprint {manifest.fingerprint[:16]}")
+
+
+def show_splits(output: Path, manifest: DatasetManifest) -> None:
+    """Show how much is in each split of a dataset."""
+    sizes = {name: (split.documents, split.tokens, split.text_bytes) for name, split in manifest.splits.items()}
+    rows = [[name, *(f"{size:,}" for size in found)] for name, found in sizes.items()]
+    console.table(f"dataset {output}", ["split", "documents", "tokens", "bytes of text"], rows)

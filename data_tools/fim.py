@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from data_tools.encoders import Encoded, Encoder
 from llamapro.data.arrays import BoolArray, IntArray
 from llamapro.data.permutation import mix, permutation_key
-from llamapro.errors import DataError, UserError
+from llamapro.errors import DataError
 
 # Prefix, suffix, middle and, where a family has it, end of the middle.
 KNOWN_SENTINELS: tuple[tuple[str, ...], ...] = (
@@ -86,14 +86,16 @@ class FimRequest:
     tokens: tuple[str, ...] = ()
     variant: int = 0
 
-    def __post_init__(self) -> None:
-        for flag, value in (("--fim-rate", self.rate), ("--fim-spm-rate", self.spm_rate)):
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"{flag} {value}: give a share from 0 to 1")
+    def problems(self) -> list[str]:
+        """What is wrong with it, one sentence each."""
+        shares = {"--fim-rate": self.rate, "--fim-spm-rate": self.spm_rate}
+        found = [
+            f"{flag} {value}: give a share from 0 to 1" for flag, value in shares.items() if not 0.0 <= value <= 1.0
+        ]
         if self.tokens and (len(self.tokens) not in (3, 4) or len(set(self.tokens)) != len(self.tokens)):
-            raise UserError(
-                f"--fim-tokens {','.join(self.tokens)}: give three or four different tokens, PRE,SUF,MID[,EOT]"
-            )
+            given = ",".join(self.tokens)
+            found.append(f"--fim-tokens {given}: give three or four different tokens, PRE,SUF,MID[,EOT]")
+        return found
 
 
 def fim_options(request: FimRequest, vocabulary: Mapping[str, int], tokenizer: str) -> FimOptions | None:

@@ -45,6 +45,10 @@ def require_few_rejects(plan: BuildPlan, entries: Sequence[UnitEntry], allowed: 
     """
     counts = reject_counts(entries)
     rejected, kept = sum(counts.values()), sum(entry.documents for entry in entries)
+    if plan.options.contaminated == "drop":
+        contaminated = sum(entry.contaminated for entry in entries)
+        _require_clean_documents(kept, contaminated)
+        kept += contaminated
     unusable = sum(plan.units[entry.unit].text_bytes for entry in entries if entry.unusable)
     text_share = unusable / max(1, sum(unit.text_bytes for unit in plan.units))
     if kept and rejected <= (allowed - text_share) * (rejected + kept):
@@ -58,6 +62,14 @@ def require_few_rejects(plan: BuildPlan, entries: Sequence[UnitEntry], allowed: 
         f"{reasons}\n" + "\n".join(lines[:_SHOWN]) + "\ncorrect the inputs, name the right --text-field, or raise "
         "--max-reject-fraction (what is tokenized already is kept)"
     )
+
+
+def _require_clean_documents(kept: int, contaminated: int) -> None:
+    if contaminated and not kept:
+        raise DataError(
+            f"all {contaminated:,} documents hold text of evaluation items, so nothing is left; name other files as "
+            "--decontaminate, or find out what they share with --contaminated report and another --output"
+        )
 
 
 def duplicate_lines(

@@ -41,8 +41,11 @@ class BuildRequest:
     contaminated: Contaminated = "drop"
 
     def __post_init__(self) -> None:
-        for flag, value in (("--heldout", self.heldout), ("--max-reject-fraction", self.max_reject_fraction)):
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"{flag} {value}: give a share from 0 to 1")
+        shares = {"--heldout": self.heldout, "--max-reject-fraction": self.max_reject_fraction}
+        problems = [
+            f"{flag} {value}: give a share from 0 to 1" for flag, value in shares.items() if not 0.0 <= value <= 1.0
+        ]
         if self.workers < 1:
-            raise UserError(f"--workers {self.workers}: give at least 1")
+            problems.append(f"--workers {self.workers}: give at least 1")
+        if problems := [*problems, *self.fim.problems()]:
+            raise UserError("\n".join(problems))

@@ -34,6 +34,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def import_megatron(arguments: argparse.Namespace) -> int:
     """Import a pair of files as a dataset."""
+    from data_tools.command import show_splits
     from data_tools.interop.megatron_import import ImportRequest, import_megatron
 
     manifest = import_megatron(
@@ -46,8 +47,7 @@ def import_megatron(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
         )
     )
-    rows = [[name, split.documents, split.tokens, split.text_bytes] for name, split in manifest.splits.items()]
-    console.table(f"dataset {arguments.output}", ["split", "documents", "tokens", "bytes of text"], rows)
+    show_splits(arguments.output, manifest)
     for reason, count in manifest.rejects.items():
         console.warning(f"{count:,} documents were left out: {reason}")
     if manifest.splits["heldout"].documents == 0:

@@ -48,6 +48,30 @@ def test_verify_says_whole_or_names_the_damage_with_code_1(place, capsys):
     shard.write_bytes(whole)
 
 
+def test_all_wrong_values_are_said_at_once(place, capsys):
+    command = ["data", "build", "--input", "x", "--tokenizer", "x", "--output", str(place / "o"), "--heldout", "5"]
+    assert (
+        main([*command, "--workers", "0", "--max-reject-fraction", "nan", "--fim-rate", "2", "--fim-tokens", "a"]) == 2
+    )
+    said = capsys.readouterr().err
+    for flag in ("--heldout 5.0", "--workers 0", "--max-reject-fraction nan", "--fim-rate 2.0", "--fim-tokens a"):
+        assert said.count(flag) == 1
+    assert not (place / "o").exists()
+
+
+def test_what_was_left_out_is_counted_with_the_file_that_lists_it(place, tmp_path, capsys):
+    texts = [" ".join(f"word{number}{place}" for place in range(9)) for number in "abcdefghi"]
+    write_jsonl(tmp_path / "a.jsonl", [*texts, texts[0], ""])
+    write_jsonl(tmp_path / "exam.jsonl", [texts[5]])
+    command = ["data", "build", "--input", str(tmp_path / "a.jsonl"), "--tokenizer", str(place / "model")]
+    command += ["--output", str(tmp_path / "o"), "--heldout", "0", "--max-reject-fraction", "0.2", "--dedup", "exact"]
+    assert main([*command, "--decontaminate", str(tmp_path / "exam.jsonl")]) == 0
+    said = capsys.readouterr().err
+    for reason, listed in (("empty text", "rejects"), ("duplicate", "rejects"), ("contaminated", "contamination")):
+        assert f"1 rows were left out: {reason} (listed in {tmp_path}/o/{listed}.jsonl)" in said
+        assert (tmp_path / "o" / f"{listed}.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

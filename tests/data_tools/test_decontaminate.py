@@ -174,6 +174,21 @@ def test_evaluation_files_that_say_nothing_are_refused_before_the_work(place, to
         built(place, tokenizer, tmp_path / "d", decontaminate=(str(tmp_path / "nothing"),))
 
 
+def test_documents_that_are_all_contaminated_are_one_message(place, tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [QUESTION, SHORT])
+    with pytest.raises(DataError, match="all 2 documents hold text of evaluation items, so nothing is left"):
+        built(place, tokenizer, tmp_path / "d", inputs=(str(source),))
+    kept = built(place, tokenizer, tmp_path / "kept", inputs=(str(source),), contaminated="report")
+    assert sum(split.documents for split in kept.manifest.splits.values()) == 2
+
+
+def test_contaminated_documents_are_rows_that_could_be_used(place, tokenizer, tmp_path):
+    """One row in ten is unusable, whatever becomes of the others."""
+    source = write_jsonl(tmp_path / "a.jsonl", ["", "clean", *[f"{QUESTION} {n}" for n in range(8)]])
+    dataset = built(place, tokenizer, tmp_path / "d", inputs=(str(source),), max_reject_fraction=0.1)
+    assert dataset.manifest.rejects == {"empty text": 1, "contaminated": 8}
+
+
 def test_other_evaluation_files_are_another_dataset(place, tokenizer, tmp_path):
     from data_tools.build import make_plan
 

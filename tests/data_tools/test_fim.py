@@ -189,9 +189,9 @@ def test_a_tokenizer_without_the_tokens_is_refused(tmp_path, corpus, fim, messag
 @pytest.mark.parametrize(
     "values", [{"rate": 1.5}, {"rate": 0.5, "spm_rate": -1.0}, {"tokens": ("a", "b")}, {"tokens": ("a",) * 3}]
 )
-def test_values_out_of_range_are_refused(values):
+def test_values_out_of_range_are_refused(corpus, tokenizer, tmp_path, values):
     with pytest.raises(UserError, match=f"--fim-{'tokens' if 'tokens' in values else ''}"):
-        FimRequest(**values)
+        request_of(corpus, tokenizer, tmp_path / "d", FimRequest(**values))
 
 
 def test_only_tokenizers_that_put_a_space_before_a_text_need_a_mark(tmp_path):
