@@ -116,7 +116,7 @@ def estimate_memory(
         gathered=min(shape.parameters, buffers.gathered) * width if split_weights else 0.0,
         gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
         optimizer=trainable * OPTIMIZER_BYTES / world_size,
-        communication=_communication(zero_stage, world_size, width, min(buffers.reduced, trainable), buffers),
+        communication=_communication(zero_stage, world_size, width, buffers.reduced, trainable, device),
         frozen=frozen,
         trainable=trainable_bytes,
         logits=_logits(shape, width, micro_tokens, device),
@@ -155,16 +155,20 @@ def block_costs(
     )
 
 
-def _communication(zero_stage: int, world_size: int, width: int, reduced: int, buffers: Buffers) -> float:
+def _communication(
+    zero_stage: int, world_size: int, width: int, bucket: int, trainable: int, device: DeviceKind
+) -> float:
     """The bucket that gradients are laid into, and with several ranks its float32 copies on their way.
 
-    Stage 1 has none while activations exist (see `_update`); stage 3 makes its bucket at the start, whatever learns.
+    Stage 1 has none while activations exist (see `_update`). On a GPU the bucket takes its memory whatever learns, on
+    the CPU only what is written.
     """
     if zero_stage == 1:
         return 0.0
-    on_their_way = reduced * FLOAT32_BYTES if world_size > 1 else 0
-    bucket = buffers.reduced * (width if zero_stage == 2 else FLOAT32_BYTES)
-    return float(bucket + on_their_way)
+    written = min(bucket, trainable)
+    on_their_way = written * FLOAT32_BYTES if world_size > 1 else 0
+    held = bucket if device == "cuda" else written
+    return float(held * (width if zero_stage == 2 else FLOAT32_BYTES) + on_their_way)
 
 
 def _logits(shape: DecoderShape, width: int, micro_tokens: int, device: DeviceKind) -> float:

@@ -7,7 +7,10 @@ import psutil
 import torch
 
 from llamapro.planning.gpus import peak_flops
+from llamapro.planning.memory import DeviceKind
 from llamapro.planning.plan import CPU_MICRO_TOKENS
+
+CPU = "cpu"
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Device:
     peak_flops: float | None
     most_micro_tokens: int | None
 
+    @property
+    def kind(self) -> DeviceKind:
+        """As torch calls it."""
+        return "cpu" if self.name == CPU else "cuda"
+
 
 def present_device(world_size: int) -> Device:
     """The device of this rank: a GPU where there is one, unless the environment chooses the CPU."""
@@ -37,4 +45,4 @@ def present_device(world_size: int) -> Device:
 
 def cpu_device(ranks_here: int) -> Device:
     """The CPU, shared by so many ranks."""
-    return Device("cpu", psutil.virtual_memory().total // max(1, ranks_here), None, CPU_MICRO_TOKENS)
+    return Device(CPU, psutil.virtual_memory().total // max(1, ranks_here), None, CPU_MICRO_TOKENS)

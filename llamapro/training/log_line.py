@@ -1,7 +1,8 @@
 """What a person sees of a step: one line, with rates measured over the step and the time left.
 
-Throughput counts target tokens, not padding. MFU divides the FLOPs this job needs (frozen weights have no weight
-gradients) by the device's peak; it is "n/a" where no peak is known.
+Throughput counts target tokens, not padding. MFU divides the FLOPs that these tokens need (frozen weights have no
+weight gradients) by the device's peak; HFU divides all that is computed: every position, and what is computed again.
+Both count attention over whole sequences. They are "n/a" where no peak is known.
 """
 
 import time
@@ -12,6 +13,7 @@ import psutil
 import torch
 
 from llamapro.data.loader import SampleStream
+from llamapro.planning.flops import FlopsPerToken
 from llamapro.ranks import Ranks
 from llamapro.training.progress import Progress, StepOutcome
 
@@ -47,13 +49,15 @@ class StepMeasures:
     """Resources of one step on this rank.
 
     Attributes:
+        flops: per token.
+        positions: that this rank computed, with padding.
         peak_flops: per device and second, or None where unknown.
-        flops_per_token: that the job needs, model FLOPs.
     """
 
     seconds: float
     wait_seconds: float
-    flops_per_token: float
+    flops: FlopsPerToken
+    positions: int
     peak_flops: float | None
 
     def values(self, outcome: StepOutcome, progress: Progress, ranks: Ranks) -> dict[str, float]:
@@ -71,7 +75,8 @@ class StepMeasures:
             "sequences": float(progress.sequences),
         }
         if self.peak_flops:
-            values["mfu"] = rate * self.flops_per_token / self.peak_flops
+            values["mfu"] = rate * self.flops.model / self.peak_flops
+            values["hfu"] = self.positions / self.seconds * self.flops.hardware / self.peak_flops
         return values | {f"loss/{name}": loss for name, loss in outcome.source_losses.items()}
 
 
@@ -100,6 +105,7 @@ def step_line(step: int, steps: int, values: Mapping[str, float], seconds_left: 
         f"grad norm {values['gradient_norm']:.3f}",
         f"{values['tokens_per_second_per_gpu']:,.0f} tokens/s/{unit}",
         f"MFU {mfu}",
+        *([f"HFU {values['hfu']:.1%}"] if "hfu" in values else []),
         f"{values['memory_gib']:.2f} GiB",
         f"data wait {values['data_wait_fraction']:.1%}",
         f"ETA {duration(seconds_left)}",

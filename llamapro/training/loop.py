@@ -52,7 +52,8 @@ def train(session: Session, progress: Progress) -> Progress:
 
 
 def _log(session: Session, progress: Progress, outcome: StepOutcome, timer: StepTimer, wait_seconds: float) -> None:
-    measures = StepMeasures(timer.stop(), wait_seconds, session.facts.flops.model, session.facts.device.peak_flops)
+    facts = session.facts
+    measures = StepMeasures(timer.stop(), wait_seconds, facts.flops, facts.positions, facts.device.peak_flops)
     values = measures.values(outcome, progress, session.ranks) | source_values(session.stream, progress)
     session.metrics.step(progress.step, values)
     if outcome.skipped:

@@ -3,7 +3,6 @@
 Every rank runs this by itself and comes to the same result; nothing is written, nothing communicates.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from llamapro.errors import ConfigError
 from llamapro.expansion.families import Family
 from llamapro.expansion.record import ExpansionRecord
 from llamapro.modeling.trainable import TrainableSet
-from llamapro.planning.flops import FlopsPerToken, flops_per_token
+from llamapro.planning.advice import ways_out
+from llamapro.planning.flops import FlopsPerToken
 from llamapro.planning.memory import Memory
 from llamapro.planning.plan import Choice, Job, choose, usable_bytes
+from llamapro.planning.run_job import job_of_run
 from llamapro.planning.shape import Learning
-from llamapro.planning.tables import MEMORY_COLUMNS, gib, memory_rows, recomputation
+from llamapro.planning.tables import FLOPS_COLUMNS, MEMORY_COLUMNS, flops_rows, gib, memory_rows, recomputation
 from llamapro.training.data_facts import ModelText, check_sources, check_validation_sets, warn_of_repeats
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
@@ -69,6 +70,11 @@ class Facts:
     tokenizer_identity: str
     warnings: tuple[str, ...]
 
+    @property
+    def positions(self) -> int:
+        """Tokens that a rank computes in an optimizer step, with padding."""
+        return self.micro_sequences * self.accumulation_steps * self.sequence_length
+
 
 def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device | None = None) -> Facts:
     """Open what the configuration names and check that the run can start.
@@ -93,7 +99,8 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
     steps = None if config.schedule.steps == "auto" else config.schedule.steps
     warn_of_repeats(config, sources, steps, findings)
     device = device or present_device(world_size)
-    job = _job(config, model, trainable, world_size)
+    learning = Learning(trainable.blocks, trainable.everything)
+    job = job_of_run(config, model.shape, learning, world_size, device.kind)
     choice = _choose(config, job, device, findings)
     _warn_of_waste(config, job, choice, findings)
     _warn_of_ignored(config, findings)
@@ -114,7 +121,7 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
         accumulation_steps=choice.accumulation_steps,
         recomputed=choice.recomputed,
         job=job,
-        flops=flops_per_token(job.shape, job.learning, job.sequence_length),
+        flops=job.flops(choice.recomputed),
         memory=choice.memory,
         device=device,
         tokenizer_identity=text.tokenizer_identity,
@@ -142,8 +149,10 @@ def show_plan(config: RunConfig, facts: Facts) -> None:
         *((f"held out {name}", f"{d.split('heldout').tokens:,} tokens") for name, d in facts.validation_sets.items()),
     ]
     console.table(f"{facts.stage} of {facts.model_folder}", ("what", "value"), rows)
-    memory = memory_rows(facts.job, facts.micro_sequences, facts.recomputed)
+    budget = usable_bytes(facts.device.memory_bytes)
+    memory = memory_rows(facts.job, facts.micro_sequences, facts.recomputed, budget)
     console.table("memory per rank, GiB", MEMORY_COLUMNS, memory)
+    console.table("work", FLOPS_COLUMNS, flops_rows(facts.flops))
 
 
 def _check_paths(config: RunConfig, findings: Findings) -> None:
@@ -168,18 +177,6 @@ def _model_text(model: ModelFacts | None, findings: Findings) -> ModelText | Non
     return None if identity is None else ModelText(model.folder, identity, model.shape.vocabulary)
 
 
-def _job(config: RunConfig, model: ModelFacts, trainable: TrainableSet, world_size: int) -> Job:
-    return Job(
-        shape=model.shape,
-        learning=Learning(trainable.blocks, trainable.everything),
-        precision=config.engine.precision,
-        sequence_length=config.data.sequence_length,
-        world_size=world_size,
-        share=math.ceil(config.batch.global_sequences / world_size),
-        activation_memory_gib=config.engine.activation_memory_gib,
-    )
-
-
 def _choose(config: RunConfig, job: Job, device: Device, findings: Findings) -> Choice:
     stage, micro = config.engine.zero_stage, config.batch.micro_sequences
     budget = usable_bytes(device.memory_bytes)
@@ -195,9 +192,14 @@ def _choose(config: RunConfig, job: Job, device: Device, findings: Findings) -> 
             "batch.micro_sequences",
             f"about {gib(choice.memory.total)} GiB per rank are needed for {choice.micro_sequences} sequences of "
             f"{job.sequence_length} tokens at ZeRO stage {choice.zero_stage}, and {gib(budget)} GiB can be used on "
-            f"{device.name}; use more ranks, a higher stage, or shorter sequences",
+            f"{device.name}; {_advice(job, budget)}",
         )
     return choice
+
+
+def _advice(job: Job, budget: float) -> str:
+    ways = ways_out(job, budget)
+    return f"what would fit: {'; or '.join(ways)}" if ways else "use a smaller model"
 
 
 def _warn_of_waste(config: RunConfig, job: Job, choice: Choice, findings: Findings) -> None:

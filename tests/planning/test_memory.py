@@ -68,6 +68,9 @@ def test_only_stage_3_on_several_devices_gathers_as_much_as_deepspeed_is_told() 
 def test_buffers_are_as_large_as_deepspeed_is_told() -> None:
     assert [paper(stage, 1).communication for stage in (1, 2, 3)] == [0, 2 * 10**8, 4 * 10**8]
     assert [paper(stage, 16).communication for stage in (1, 2, 3)] == [0, 6 * 10**8, 8 * 10**8]
+    huge = Buffers(10**10)
+    assert paper(2, 1, buffers=huge).communication == 2 * 10**10
+    assert paper(2, 1, buffers=huge, device="cpu").communication == 2 * 1_619_066_880
     overlay = {"zero_optimization": {"reduce_bucket_size": 5_000_000, "stage3_max_live_parameters": 7.0}}
     assert Buffers.of(3, overlay) == Buffers(5_000_000, 7)
     assert Buffers.of(2, overlay) == Buffers(5_000_000)
