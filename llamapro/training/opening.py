@@ -1,7 +1,8 @@
 """Open a run: its parts in the order in which they depend on each other, then the restored progress."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -66,18 +67,8 @@ def open_session(
     identity = run_identity(config, facts, folder)
     decision = _decide(saved, identity, config)
     stream = open_stream(config, facts, folder, saved, new_stage=decision.new_stage)
-    model = agree(ranks, lambda: _build(config, facts, ranks))
-    fp8_start = folds_at_start(model, ranks)
-    recompute_blocks(model.blocks, facts.recomputed)
-    engine = Engine.start(
-        model,
-        model.trainable_parameters(),
-        config,
-        ranks,
-        zero_stage=facts.zero_stage,
-        micro_sequences=facts.micro_sequences,
-        accumulation_steps=facts.accumulation_steps,
-    )
+    started = start_engine(config, facts, ranks, facts.accumulation_steps)
+    engine = started.engine
     guard = _guard(config)
     _restore(checkpoint, config, facts, engine, ranks)
     if saved is not None:
@@ -97,12 +88,44 @@ def open_session(
         deadline=_deadline(config),
         lock=lock,
         identity=identity,
-        live_record=_live_record(facts, model, ranks),
-        fp8_start=fp8_start,
+        live_record=_live_record(facts, engine.model, ranks),
+        fp8_start=started.fp8_start,
         validation_sets=open_validation_sets(config, facts, ranks),
     )
-    _say_start(session, progress, checkpoint, decision, model)
+    _say_start(session, progress, checkpoint, decision, engine.model)
     return session, progress
+
+
+class Started(NamedTuple):
+    """An engine with its model.
+
+    Attributes:
+        fp8_start: folds of what is in FP8; empty where nothing is.
+    """
+
+    engine: Engine
+    fp8_start: Mapping[str, int]
+
+
+def start_engine(config: RunConfig, facts: Facts, ranks: Ranks, accumulation_steps: int) -> Started:
+    """Build the model from its folder and put it under an engine, as a run trains it; collective.
+
+    Raises:
+        CheckFailed: a base tensor differs from its record.
+    """
+    model = agree(ranks, lambda: _build(config, facts, ranks))
+    fp8_start = folds_at_start(model, ranks)
+    recompute_blocks(model.blocks, facts.recomputed)
+    engine = Engine.start(
+        model,
+        model.trainable_parameters(),
+        config,
+        ranks,
+        zero_stage=facts.zero_stage,
+        micro_sequences=facts.micro_sequences,
+        accumulation_steps=accumulation_steps,
+    )
+    return Started(engine, fp8_start)
 
 
 def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdentity:
