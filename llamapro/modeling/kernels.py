@@ -160,13 +160,23 @@ def _cpu_backward(
     sums: Tensor,
     scoring: Scoring,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    bias, key_heads = _window_bias(query, scoring), key.shape[1]
-    upstream, result = (_by_key_head(as_wide_as_keys(states, key), key_heads) for states in (gradient, output))
-    q, k, v = _grouped(query, key, as_wide_as_keys(value, key))
-    of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        upstream, q, k, v, result, sums.view(q.shape[:3]), 0.0, bias is None, attn_mask=bias, scale=scoring.scale
+    """In float32, which torch does three times as fast as in bf16 where documents are short."""
+    bias, key_heads = _window_bias(query.float(), scoring), key.shape[1]
+    upstream, result, wide_value = (as_wide_as_keys(states, key).float() for states in (gradient, output, value))
+    q, k, v = _grouped(query.float(), key.float(), wide_value)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        _by_key_head(upstream, key_heads),
+        q,
+        k,
+        v,
+        _by_key_head(result, key_heads),
+        sums.view(q.shape[:3]),
+        0.0,
+        bias is None,
+        attn_mask=bias,
+        scale=scoring.scale,
     )
-    return _gradients(of_query, of_key, of_value, value)
+    return _gradients(*gradients, value)
 
 
 def _gradients(
