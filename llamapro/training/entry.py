@@ -49,7 +49,11 @@ def _parser(stage: Stage) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show the plan, take one step on random tokens, write nothing",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None)  # injected by launchers
     return parser
@@ -61,9 +65,16 @@ def _run(stage: Stage, own: argparse.Namespace, overrides: Sequence[str]) -> int
     for sentence in facts.warnings:
         console.warning(sentence)
     if own.dry_run:
-        show_plan(config, facts)
-        return 0
+        return _dry_run(config, facts, own.local_rank)
     return _start(config, facts, own.local_rank)
+
+
+def _dry_run(config: RunConfig, facts: Facts, local_rank: int | None) -> int:
+    from llamapro.training.mock_step import try_step
+
+    show_plan(config, facts)
+    try_step(config, facts, local_rank)
+    return 0
 
 
 def _start(config: RunConfig, facts: Facts, local_rank: int | None) -> int:

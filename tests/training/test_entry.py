@@ -158,13 +158,6 @@ def test_mistakes_are_said_by_rank_0_only(folder: Path) -> None:
     assert "schedule" not in other.stderr
 
 
-def test_dry_run_shows_the_plan_and_starts_nothing(folder: Path) -> None:
-    done = run(folder, settings(folder, "dry"), "--dry-run", WORLD_SIZE="2")
-    assert done.returncode == 0, done.stderr
-    assert "ZeRO stage" in done.stdout and "GFLOP per token" in done.stdout
-    assert not (folder / "dry").exists()
-
-
 def test_help_shows_the_files_values(folder: Path) -> None:
     done = run(folder, settings(folder, "help"), "--help")
     assert done.returncode == 0
