@@ -70,6 +70,14 @@ def block_at_work_bytes(shape: DecoderShape, width: int) -> float:
     return (3 * shape.intermediate + 2 * shape.hidden + 2 * shape.key_dim) * width
 
 
+def fp8_cast_bytes(shape: DecoderShape, *, fused: bool) -> float:
+    """Bytes per token that come and go while the widest gradient is put into FP8.
+
+    Its codes; operation by operation also the gradient times the weights' scales, and over its own, in float32.
+    """
+    return shape.intermediate * (1 if fused else 1 + 2 * FLOAT32_BYTES)
+
+
 def outside_bytes(shape: DecoderShape, width: int) -> float:
     """Bytes per token held outside the blocks while the loss is computed.
 

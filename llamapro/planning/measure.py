@@ -89,6 +89,8 @@ def _heads(config: "PretrainedConfig") -> dict[str, int]:
 
 
 def _block_size(config: "PretrainedConfig", block: "nn.Module", index: int) -> BlockSize:
+    from llamapro.planning.fp8_weights import saved_bytes
+
     share = _chosen_share(config, index)
     matrices = sum(
         round(parameter.numel() * share) if _is_routed(name, parameter) else parameter.numel()
@@ -96,7 +98,7 @@ def _block_size(config: "PretrainedConfig", block: "nn.Module", index: int) -> B
         if parameter.ndim > 1 and not name.endswith("bias")
     )
     parameters = sum(parameter.numel() for parameter in block.parameters())
-    return BlockSize(parameters, matrices, _window(config, index))
+    return BlockSize(parameters, matrices, _window(config, index), fp8_saving=saved_bytes(block))
 
 
 def _ending(family: Family, block: "nn.Module") -> dict[str, Any]:

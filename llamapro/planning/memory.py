@@ -10,7 +10,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from llamapro.planning.activations import FLOAT32_BYTES, block_at_work_bytes, kept_bytes, outside_bytes
+from llamapro.planning.activations import (
+    FLOAT32_BYTES,
+    block_at_work_bytes,
+    fp8_cast_bytes,
+    kept_bytes,
+    outside_bytes,
+)
 from llamapro.planning.buffers import Buffers
 from llamapro.planning.flops import again_flops_of_block
 from llamapro.planning.recompute import BlockCost, peak_parts
@@ -19,7 +25,9 @@ from llamapro.planning.shape import DecoderShape, Learning
 DeviceKind = Literal["cuda", "cpu"]
 
 GIB: Final = 1 << 30
-WEIGHT_BYTES: Final = {"bf16": 2, "float32": 4, "fp8-frozen": 2}
+FP8_FROZEN: Final = "fp8-frozen"
+# Of what is not in FP8.
+WEIGHT_BYTES: Final = {"bf16": 2, "float32": 4, FP8_FROZEN: 2}
 # Float32 master weight and two moments.
 OPTIMIZER_BYTES: Final = 3 * FLOAT32_BYTES
 # The loss is computed in chunks of so many logits, which exist as logits, softmax and gradient.
@@ -111,8 +119,9 @@ def estimate_memory(
     frozen, trainable_bytes = peak_parts(costs, recomputed)
     trainable = learning.parameters(shape)
     split_weights = zero_stage >= 3 and world_size > 1
+    casts = fp8_cast_bytes(shape, fused=fused) if precision == FP8_FROZEN else 0.0
     return Memory(
-        weights=shape.parameters * width / (world_size if split_weights else 1),
+        weights=_weights(shape, learning, precision) / (world_size if split_weights else 1),
         gathered=min(shape.parameters, buffers.gathered) * width if split_weights else 0.0,
         gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
         optimizer=trainable * OPTIMIZER_BYTES / world_size,
@@ -120,7 +129,7 @@ def estimate_memory(
         frozen=frozen,
         trainable=trainable_bytes,
         logits=_logits(shape, width, micro_tokens, device),
-        block_at_work=micro_tokens * block_at_work_bytes(shape, width) if costs else 0.0,
+        block_at_work=micro_tokens * (block_at_work_bytes(shape, width) + casts) if costs else 0.0,
         update=_update(zero_stage, world_size, width, trainable, device),
     )
 
@@ -153,6 +162,11 @@ def block_costs(
         )
         for block in blocks
     )
+
+
+def _weights(shape: DecoderShape, learning: Learning, precision: str) -> float:
+    saved = sum(size.fp8_saving for size in learning.frozen(shape)) if precision == FP8_FROZEN else 0
+    return float(shape.parameters * WEIGHT_BYTES[precision] - saved)
 
 
 def _communication(

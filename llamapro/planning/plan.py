@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from llamapro.errors import UserError
 from llamapro.planning.buffers import Buffers
 from llamapro.planning.flops import FlopsPerToken, flops_per_token
-from llamapro.planning.memory import GIB, WEIGHT_BYTES, DeviceKind, Memory, block_costs, estimate_memory
+from llamapro.planning.memory import FP8_FROZEN, GIB, WEIGHT_BYTES, DeviceKind, Memory, block_costs, estimate_memory
 from llamapro.planning.recompute import (
     BlockCost,
     fewest_recomputed,
@@ -167,7 +167,7 @@ def choose(
     """
     budget = math.inf if budget_bytes is None else budget_bytes
     smallest = micro_sequences or 1
-    stages = (zero_stage,) if zero_stage else FP8_STAGES if job.precision == "fp8-frozen" else ZERO_STAGES
+    stages = (zero_stage,) if zero_stage else FP8_STAGES if job.precision == FP8_FROZEN else ZERO_STAGES
     _refuse_too_little(job, stages, smallest)
     stage = _stage(job, stages, smallest, budget)
     largest = job.share if most_micro_tokens is None else most_micro_tokens // job.sequence_length

@@ -19,6 +19,7 @@ class BlockSize:
             before it.
         window: tokens that a position attends to at most, itself included; None: all before it.
         experts: tokens go to different weights.
+        fp8_saving: bytes that it takes less when it is frozen and in FP8, against bf16.
         kept: what its backward pass needs, by width and kind; empty where that couldn't be seen.
     """
 
@@ -27,6 +28,7 @@ class BlockSize:
     window: int | None = None
     last_matrix: int = 0
     experts: bool = False
+    fp8_saving: int = 0
     kept: "KeptByKind" = field(default_factory=dict, compare=False)
 
 
@@ -126,6 +128,10 @@ class Learning:
         """The blocks that learn."""
         sizes = enumerate(shape.block_sizes)
         return tuple(size for block, size in sizes if self.includes(block))
+
+    def frozen(self, shape: DecoderShape) -> tuple[BlockSize, ...]:
+        """The blocks that don't learn."""
+        return tuple(size for block, size in enumerate(shape.block_sizes) if not self.includes(block))
 
     def backward(self, shape: DecoderShape) -> tuple[BlockSize, ...]:
         """The blocks that the backward pass goes through: those from the lowest that learns upward."""

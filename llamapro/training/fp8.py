@@ -15,11 +15,11 @@ from llamapro.modeling.blocks import BlockKind, kind_of
 from llamapro.modeling.fp8 import quantized_tensors
 from llamapro.modeling.trainable import TrainableSet
 from llamapro.planning.fp8_weights import fp8_linears
+from llamapro.planning.memory import FP8_FROZEN
 from llamapro.ranks import Ranks
 from llamapro.training.findings import Findings
 from llamapro.training.model_facts import ModelFacts
 
-FP8_FROZEN = "fp8-frozen"
 KEY = "engine.precision"
 LEAST_CAPABILITY = (9, 0)
 CLAIM = "FP8 codes and scales of frozen weights equal their values at the start, on every rank"

@@ -19,11 +19,12 @@ from llamapro.modeling.build import build_model
 from llamapro.modeling.fp8 import describe_fp8, quantize_linears
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
+from llamapro.planning.memory import FP8_FROZEN
 from llamapro.planning.tables import gib, recomputation
 from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.agreement import agree
-from llamapro.training.fp8 import FP8_FROZEN, folds_at_start
+from llamapro.training.fp8 import folds_at_start
 from llamapro.training.guards import SpikeGuard
 from llamapro.training.live_record import record_in_memory
 from llamapro.training.metrics import MetricsLog, cut_back

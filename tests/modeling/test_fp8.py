@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
 from llamapro.modeling.trainable import TrainableSet
 from llamapro.planning.fp8_weights import saved_bytes
+from llamapro.planning.memory import estimate_memory
+from llamapro.planning.shape import DecoderShape, Learning
 from tests.support.families import HYBRID, TINY_FAMILIES, TinyFamily
 from tests.support.modeling import CPU, packed_rows
 
@@ -299,6 +302,22 @@ def test_falcons_layers_stay_as_they_are(row: TinyFamily, tmp_path: Path) -> Non
     model = fp8_model(row.save(tmp_path))
     assert quantized_tensors(model) == {}
     assert gradients(model)[0] == gradients(bf16_model(tmp_path))[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon"])
+def test_the_plan_knows_what_the_weights_take(family: str, tmp_path: Path) -> None:
+    row = next(row for row in TINY_FAMILIES if row.name == family)
+    model = fp8_model(row.save(tmp_path))
+    shape = DecoderShape.from_config(orjson.loads((tmp_path / "config.json").read_bytes()))
+    sizes = {"zero_stage": 1, "world_size": 1, "micro_tokens": 64, "sequence_length": 64}
+    learning = Learning(frozenset(TRAINED))
+    planned, plain = (
+        estimate_memory(shape, learning, precision=precision, **sizes)  # type: ignore[arg-type]
+        for precision in ("fp8-frozen", "bf16")
+    )
+    held = [*model.parameters(), *quantized_tensors(model).values()]
+    assert planned.weights == sum(tensor.nbytes for tensor in held)
+    assert (planned.weights < plain.weights) is (family != "falcon")
 
 
 def test_recomputed_blocks_change_nothing(tmp_path: Path) -> None:
