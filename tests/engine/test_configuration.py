@@ -144,13 +144,3 @@ class TestOverlay:
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="absent.json"):
             configured(run_config(tmp_path / "absent.json"))
-
-
-def test_stage_3_fetches_blocks_and_keeps_norms() -> None:
-    """The settings without which stage 3 gathers linear by linear, for a block of a 7-billion-parameter model."""
-    settings, block, norm = strategy(3)["zero_optimization"], 202_383_360, 4096
-    assert settings["stage3_prefetch_bucket_size"] >= block
-    assert settings["stage3_param_persistence_threshold"] >= norm
-    assert min(settings["stage3_max_live_parameters"], settings["stage3_max_reuse_distance"]) >= 1_000_000_000
-    assert settings["overlap_comm"] and not settings["stage3_use_all_reduce_for_fetch_params"]
-    assert settings["zero_hpz_partition_size"] == 1 and not settings["zero_quantized_nontrainable_weights"]
