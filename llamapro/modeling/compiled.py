@@ -37,6 +37,9 @@ class CompileChoice:
     parts: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.parts} ({self.reason})"
+
 
 def choose_compile(requested: str, model: LanguageModel, device: torch.device, *, partitioned: bool) -> CompileChoice:
     """What to compile of a model.
@@ -64,6 +67,7 @@ def choose_compile(requested: str, model: LanguageModel, device: torch.device, *
 
 def compile_model(model: LanguageModel, choice: CompileChoice) -> None:
     """Compile what was chosen, at its first use; the model computes the same but for rounding."""
+    model.compiled = str(choice)
     if choice.parts == NOTHING:
         return
     # The limit belongs to the process; beyond it torch would go on uncompiled and say so in a warning only.

@@ -164,7 +164,7 @@ def _cpu_backward(
     bias, key_heads = _window_bias(query.float(), scoring), key.shape[1]
     upstream, result, wide_value = (as_wide_as_keys(states, key).float() for states in (gradient, output, value))
     q, k, v = _grouped(query.float(), key.float(), wide_value)
-    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _by_key_head(upstream, key_heads),
         q,
         k,
@@ -176,7 +176,7 @@ def _cpu_backward(
         attn_mask=bias,
         scale=scoring.scale,
     )
-    return _gradients(*gradients, value)
+    return _gradients(of_query, of_key, of_value, value)
 
 
 def _gradients(

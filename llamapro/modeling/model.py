@@ -42,6 +42,7 @@ class LanguageModel(nn.Module):
         attention: the attention kernel in use, and why.
         masks: what keeps documents apart where the model attends by itself; None where a kernel does.
         stored: the tensors of the folder that its parameters are made of.
+        compiled: what of it is compiled, and why, in words.
         longest_row: tokens of the longest row in which a document's positions mean what they mean when it stands alone;
             None: of any.
     """
@@ -63,6 +64,7 @@ class LanguageModel(nn.Module):
         self.masks = masks
         self.stored = stored
         self.longest_row = _longest_row(hf.config)
+        self.compiled = "nothing"
         self._all_attended = False
         self.train()
 

@@ -16,6 +16,7 @@ from llamapro.evaluation.model_digest import model_digest
 from llamapro.expansion.record import ExpansionRecord
 from llamapro.files.lock import RunLock
 from llamapro.modeling.build import build_model
+from llamapro.modeling.compiled import choose_compile, compile_model
 from llamapro.modeling.fp8 import describe_fp8, quantize_linears
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
@@ -117,6 +118,7 @@ def start_engine(config: RunConfig, facts: Facts, ranks: Ranks, accumulation_ste
     model = agree(ranks, lambda: _build(config, facts, ranks))
     fp8_start = folds_at_start(model, ranks)
     recompute_blocks(model.blocks, facts.recomputed)
+    agree(ranks, lambda: _compile(model, config, facts, ranks))
     engine = Engine.start(
         model,
         model.trainable_parameters(),
@@ -163,6 +165,11 @@ def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
         partition=_when_filled(config, facts),
         digest_share=(ranks.rank, ranks.world_size),
     )
+
+
+def _compile(model: LanguageModel, config: RunConfig, facts: Facts, ranks: Ranks) -> None:
+    choice = choose_compile(config.engine.compile, model, ranks.device, partitioned=facts.zero_stage == 3)
+    compile_model(model, choice)
 
 
 def _when_filled(config: RunConfig, facts: Facts) -> Callable[[nn.Module], None] | None:
@@ -222,7 +229,7 @@ def _say_start(
     model: LanguageModel,
 ) -> None:
     facts = session.facts
-    console.info(f"attention: {model.attention.name} ({model.attention.reason})")
+    console.info(f"attention: {model.attention.name} ({model.attention.reason}); compiled: {model.compiled}")
     if session.fp8_start:
         console.info(f"precision: {describe_fp8(model.blocks, model.trainable, session.ranks.device)}")
     console.info(

@@ -105,11 +105,11 @@ def test_all_problems_are_told_at_once(configure: Configure, data: dict[str, Any
                 "wiki": {"path": str(foreign), "weight": 1},
             },
         },
-        engine={"precision": "bf16", "compile": "on", "deepspeed": str(tmp_path / "absent.json")},
+        engine={"precision": "bf16", "offload": "optimizer", "deepspeed": str(tmp_path / "absent.json")},
     )
     told = {problem.partition(":")[0]: problem for problem in problems_of(config)}
     expected = {
-        "engine.compile": ("not available in this version",),
+        "engine.offload": ("not available in this version",),
         "engine.deepspeed": ("does not exist",),
         "engine.precision": ("float32 weights", "expand --dtype bf16", "allow_cast"),
         "data.sequence_length": ("512", "256 positions", "rope_parameters", "factor 2"),
