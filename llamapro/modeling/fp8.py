@@ -82,6 +82,13 @@ def fp8_linear(
     return output
 
 
+def input_gradient(gradient: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """∇y W, (tokens, inputs), for ∇y (tokens, outputs): the outputs' scales go into ∇y before it is quantized."""
+    columns = codes.t().contiguous()
+    ones = torch.ones_like(columns[:, :1], dtype=torch.float32)
+    return scaled_product(*quantize_rows(gradient * scales.t()), columns, ones)
+
+
 class _FP8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -92,10 +99,7 @@ class _FP8Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        columns = ctx.codes.t().contiguous()
-        ones = torch.ones_like(columns[:, :1], dtype=torch.float32)
-        scaled = output_gradients[0] * ctx.scales.t()
-        return scaled_product(*quantize_rows(scaled), columns, ones), None, None, None
+        return input_gradient(output_gradients[0], ctx.codes, ctx.scales), None, None, None
 
 
 def scaled_product(

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
+from llamapro.modeling import fp8
 from llamapro.modeling.build import build_model
 from llamapro.modeling.fp8 import (
     FP8Linear,
@@ -339,6 +341,37 @@ def test_experts_and_what_chooses_among_them_stay_in_bf16(family: str, tmp_path:
     assert in_fp8
     assert not [name for name in in_fp8 if any(word in name for word in ("router", "gate.", "experts"))]
     assert "of experts" in describe_fp8(model.blocks, model.trainable, CPU)
+
+
+def test_operands_lie_as_the_gpus_operation_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of torch's own shape function of it, which needs no GPU, for the operands of both directions."""
+    seen: list[tuple[torch.Tensor | None, ...]] = []
+
+    def recorded(*operands: torch.Tensor | None) -> torch.Tensor:
+        seen.append(operands)
+        return scaled_product(*operands)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fp8, "scaled_product", recorded)
+    layer, _ = quantized()
+    rows = torch.randn(24, 64).to(torch.bfloat16).requires_grad_()
+    layer(rows).backward(torch.randn(48, 24).to(torch.bfloat16).t())
+    narrow = [*quantize_rows(rows[:, :40]), *quantize_rows(rows[:16, :40])]
+    across = [*seen[0][:2], layer.codes.t().contiguous().t(), layer.scales]
+    shapes = []
+    with FakeTensorMode(), torch.no_grad():
+        for operands in seen:
+            output = scaled_product(*map(on_fake_gpu, operands))  # type: ignore[arg-type]
+            shapes.append((tuple(output.shape), output.dtype, output.device.type))
+        for wrong, reason in ((narrow, "divisible by 16"), (across, "column.major|col.major")):
+            with pytest.raises(RuntimeError, match=reason):
+                scaled_product(*map(on_fake_gpu, wrong))  # type: ignore[arg-type]
+    assert shapes == [((24, 48), torch.bfloat16, "cuda"), ((24, 64), torch.bfloat16, "cuda")]
+
+
+def on_fake_gpu(values: torch.Tensor | None) -> torch.Tensor | None:
+    if values is None:
+        return None
+    return torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="cuda")
 
 
 @pytest.mark.gpu
