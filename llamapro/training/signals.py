@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -25,6 +25,7 @@ REPEAT_SECONDS = 5.0
 """A launcher may send several signals for one key press: a second one counts this long after the first."""
 POLL_SECONDS = 0.5
 STOP_FILE_SECONDS = 1.0
+DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 _QUIT = 0
 
 
@@ -127,7 +128,7 @@ class _Watcher(threading.Thread):
         self._reader = reader
         self._grace_seconds = grace_seconds
         self._step_timeout_seconds = step_timeout_seconds
-        self._launcher = os.getppid()
+        self._launchers = _launchers()
         self._first_seen: dict[int, float] = {}
 
     def run(self) -> None:
@@ -137,7 +138,7 @@ class _Watcher(threading.Thread):
                 if number == _QUIT:
                     return
                 self._on_signal(number)
-            if os.getppid() != self._launcher:
+            if _launchers() != self._launchers:
                 self._request.request("the launcher has gone")
             if problem := self._request.overdue(self._grace_seconds, self._step_timeout_seconds):
                 _end_process(problem)
@@ -150,6 +151,19 @@ class _Watcher(threading.Thread):
         if now - self._first_seen.setdefault(number, now) >= REPEAT_SECONDS:
             _end_process(f"{name} for the second time")
         self._request.request(name)
+
+
+def _launchers() -> list[int]:
+    """The process that started this one; and where that is DeepSpeed's launcher of one host, the one that started it.
+
+    The `deepspeed` command itself ends at SIGTERM without telling anyone, and the launcher between stays.
+    """
+    parent = os.getppid()
+    with suppress(OSError):  # it has just gone, or there is no /proc
+        process = Path("/proc", str(parent))
+        if DEEPSPEED_LAUNCHER in (process / "cmdline").read_bytes().split(b"\0"):
+            return [parent, int((process / "stat").read_text().rpartition(")")[2].split()[1])]
+    return [parent]
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
