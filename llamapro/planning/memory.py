@@ -122,7 +122,7 @@ def estimate_memory(
     casts = fp8_cast_bytes(shape, fused=fused) if precision == FP8_FROZEN else 0.0
     return Memory(
         weights=_weights(shape, learning, precision) / (world_size if split_weights else 1),
-        gathered=min(shape.parameters, buffers.gathered) * width if split_weights else 0.0,
+        gathered=_gathered(shape, buffers) * width if split_weights else 0.0,
         gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
         optimizer=trainable * OPTIMIZER_BYTES / world_size,
         communication=_communication(zero_stage, world_size, width, buffers.reduced, trainable, device),
@@ -169,20 +169,25 @@ def _weights(shape: DecoderShape, learning: Learning, precision: str) -> float:
     return float(shape.parameters * WEIGHT_BYTES[precision] - saved)
 
 
+def _gathered(shape: DecoderShape, buffers: Buffers) -> int:
+    """Parameters that stage 3 holds whole, and those that are on their way there."""
+    return min(shape.parameters, buffers.gathered) + min(shape.parameters, buffers.prefetched)
+
+
 def _communication(
     zero_stage: int, world_size: int, width: int, bucket: int, trainable: int, device: DeviceKind
 ) -> float:
     """The bucket that gradients are laid into, and with several ranks its float32 copies on their way.
 
-    Stage 1 has none while activations exist (see `_update`). On a GPU the bucket takes its memory whatever learns, on
-    the CPU only what is written.
+    Stage 1 in bf16 has none while activations exist (see `_update`). On a GPU the bucket takes its memory whatever
+    learns, on the CPU only what is written.
     """
-    if zero_stage == 1:
+    if zero_stage == 1 and width < FLOAT32_BYTES:
         return 0.0
     written = min(bucket, trainable)
-    on_their_way = written * FLOAT32_BYTES if world_size > 1 else 0
+    copied = world_size > 1 and (zero_stage == 3 or width < FLOAT32_BYTES)
     held = bucket if device == "cuda" else written
-    return float(held * (width if zero_stage == 2 else FLOAT32_BYTES) + on_their_way)
+    return float(held * (FLOAT32_BYTES if zero_stage == 3 else width) + (written * FLOAT32_BYTES if copied else 0))
 
 
 def _logits(shape: DecoderShape, width: int, micro_tokens: int, device: DeviceKind) -> float:
