@@ -1,5 +1,6 @@
 """The gate's command: two real runs of a tiny model, exported and judged."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gate(work: Path, *more: str) -> int:
     places = ["--config", str(work / "run.yaml"), "--work", str(work / "gate"), "--results", str(work / "results")]
     return fp8_gate.main([*places, *more])
+
+
+def test_the_page_has_every_option_and_a_command_that_parses() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fp8.md").read_text()
+    options = {option for action in fp8_gate._parser()._actions for option in action.option_strings}
+    assert {option for option in options - {"-h", "--help", "--debug"} if option not in page} == set()
+    (command,) = re.findall(r"python -m benchmarks\.fp8_gate (.*)", page)
+    own, overrides = fp8_gate._parser().parse_known_args(command.split())
+    assert own.ranks == 8 and overrides == ["--schedule.steps", "200"]
+    words = fp8_gate.train_command(own, overrides, Path("run"), fp8_gate.FP8)
+    assert words[1:3] == ["--num_gpus", "8"] and "--engine.precision fp8-frozen" in " ".join(words)
 
 
 def test_both_runs_are_trained_and_judged_in_bf16(

@@ -1,21 +1,27 @@
 """Compiled blocks with frozen weights in FP8: one graph for each kind, and the same losses and gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 
 from llamapro.modeling.build import build_model
 from llamapro.modeling.compiled import BLOCKS, CompileChoice, compile_model
 from llamapro.modeling.fp8 import quantize_linears
+from llamapro.modeling.linear import freeze_linears
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
 from llamapro.modeling.trainable import TrainableSet
 from tests.support.modeling import CPU, expanded_llama, packed_rows, ready_model
 
+aten = torch.ops.aten
 BATCHES = [[[40, 1, 23], [64]], [[40, 1, 23], [64]], [[10, 30, 24], [60, 4]], [[64], [64]]]
 
 
@@ -81,6 +87,43 @@ def test_each_kind_of_block_is_one_graph_without_a_break(tmp_path: Path, recompu
     # Prefix, frozen, the lowest that learns (its input needs no gradient), those above it; and the loss.
     assert counters["stats"]["unique_graphs"] == 5
     assert not counters["graph_break"]
+
+
+class Projections(nn.Module):
+    """Three layers with one input, as queries, keys and values have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 48, bias=False) for _ in range(3))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        query, key, value = (layer(states) for layer in self.layers)
+        result: torch.Tensor = query * key + value
+        return result
+
+
+def test_a_compiled_block_casts_an_input_of_several_layers_once() -> None:
+    casts: dict[str, int] = {}
+
+    def counting(direction: str) -> Callable[[GraphModule, Any], Any]:
+        def compiler(graph: GraphModule, _: Any) -> Any:
+            values = [node.meta.get("val") for node in graph.graph.nodes if node.target is aten._to_copy.default]
+            casts[direction] = sum(value.dtype == torch.float8_e4m3fn for value in values)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    model = Projections().requires_grad_(False).to(torch.bfloat16)
+    freeze_linears(model)
+    quantize_linears(model)
+    backend = aot_autograd(
+        fw_compiler=counting("forward"),
+        bw_compiler=counting("backward"),
+        partition_fn=min_cut_rematerialization_partition,  # the machine code's own, which joins equal operations
+    )
+    rows = torch.randn(2, 5, 64).to(torch.bfloat16).requires_grad_()
+    torch.compile(model, backend=backend, fullgraph=True)(rows).sum().backward()
+    assert casts == {"forward": 1, "backward": 3}
 
 
 @pytest.mark.slow
