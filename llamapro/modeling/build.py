@@ -30,7 +30,7 @@ from llamapro.modeling.loss import make_loss_head
 from llamapro.modeling.masks import DocumentMasks
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.trainable import TrainableSet, mark_trainable
-from llamapro.modeling.weights import expected_digests, open_weights, partitioned_fill
+from llamapro.modeling.weights import expected_digests, fill_model, open_weights
 
 # In names of config fields: what makes a model in training compute something else each time.
 DROPOUT_WORDS = ("dropout", "pdrop", "layerdrop")
@@ -48,7 +48,7 @@ def build_model(
     trainable: TrainableSet,
     record: ExpansionRecord | None,
     attention: str = "auto",
-    partition: Callable[[nn.Module], None] | None = None,
+    when_filled: Callable[[nn.Module], None] | None = None,
     digest_share: tuple[int, int] = (0, 1),
 ) -> LanguageModel:
     """Build a model for training or evaluation. No code in the folder is run.
@@ -58,8 +58,9 @@ def build_model(
         dtype: of parameters and activations; weights stored in another one are cast.
         record: the folder's expansion record: base tensors that it doesn't list as trained must have its digests.
         attention: `engine.attention` of the run configuration.
-        partition: called with each module as soon as it is filled: every decoder block, and every other module that
-            owns parameters. Afterwards the module may hold only this rank's share. It may be collective.
+        when_filled: called with each module as soon as it has its weights: every decoder block, and every other module
+            that owns parameters. Afterwards the module may hold only this rank's share, or codes of its weights. It
+            may be collective.
         digest_share: (rank, world size): which of the digests this process checks.
 
     Raises:
@@ -83,7 +84,7 @@ def build_model(
     expected = {} if record is None else expected_digests(record, digest_share)
     reader = open_weights(hf, tensors, dtype, device, expected)
     config.dtype = dtype
-    partitioned_fill(hf, blocks, reader, partition)
+    fill_model(hf, blocks, reader, when_filled)
     reader.check_rest()
     return LanguageModel(hf, decoder_prefix, trainable, choice, masks, reader.stored)
 

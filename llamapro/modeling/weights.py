@@ -1,7 +1,7 @@
 """Weights from a model folder into a model on the meta device, module by module, each base tensor proved on the way.
 
-A module's parameters come to exist when it is filled, so with a `partition` callback no more than one block is ever
-whole in memory. Shared parameters (tied embeddings) are read once and stay one parameter.
+A module's parameters come to exist when it is filled, so with a callback that cuts or quantizes it no more than one
+block is ever whole in memory. Shared parameters (tied embeddings) are read once and stay one parameter.
 """
 
 import hashlib
@@ -204,17 +204,17 @@ def expected_digests(record: ExpansionRecord, share: tuple[int, int]) -> dict[st
     return digests | {name: trained.digests[name] for name in sorted(trained.digests)[rank::world_size]}
 
 
-def partitioned_fill(
+def fill_model(
     model: nn.Module,
     blocks: nn.ModuleList,
     reader: WeightReader,
-    partition: Callable[[nn.Module], None] | None,
+    when_filled: Callable[[nn.Module], None] | None,
 ) -> None:
-    """Fill the whole model, handing each filled module to `partition`."""
+    """Fill the whole model, handing each filled module to `when_filled`."""
     for module in fill_units(model, blocks):
         reader.fill(module)
-        if partition is not None:
-            partition(module)
+        if when_filled is not None:
+            when_filled(module)
 
 
 def _faults(folder: TensorFolder, copies: list[Assembly], shape: tuple[int, ...]) -> list[str]:

@@ -162,7 +162,7 @@ def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
         trainable=facts.trainable,
         record=facts.record,
         attention=config.engine.attention,
-        partition=_when_filled(config, facts),
+        when_filled=_when_filled(config, facts),
         digest_share=(ranks.rank, ranks.world_size),
     )
 

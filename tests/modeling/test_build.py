@@ -128,7 +128,7 @@ def test_requires_grad_is_set_before_any_parameter_is_partitioned(tmp_path: Path
             seen[f"{id(parameter)}"] = parameter.requires_grad
 
     model = build_model(
-        folder, dtype=torch.float32, device=CPU, trainable=TrainableSet.of([1]), record=None, partition=partition
+        folder, dtype=torch.float32, device=CPU, trainable=TrainableSet.of([1]), record=None, when_filled=partition
     )
     assert seen == {f"{id(parameter)}": parameter.requires_grad for parameter in model.parameters()}
     assert sum(seen.values()) == 9
@@ -149,7 +149,7 @@ def test_no_more_than_one_block_is_whole_at_a_time(tmp_path: Path) -> None:
         alive.append(module)
 
     build_model(
-        folder, dtype=torch.float32, device=CPU, trainable=TrainableSet.of([1]), record=None, partition=partition
+        folder, dtype=torch.float32, device=CPU, trainable=TrainableSet.of([1]), record=None, when_filled=partition
     )
     assert len(units) == 6 + 3  # blocks; embedding, norm, head
     assert sum(units) == sum(parameter.numel() for parameter in plain_model(folder).parameters())
@@ -213,7 +213,7 @@ def build(folder: Path, record: ExpansionRecord, share: tuple[int, int], filled:
         device=CPU,
         trainable=trainable,
         record=record,
-        partition=filled.append,
+        when_filled=filled.append,
         digest_share=share,
     )
 

@@ -273,7 +273,7 @@ def fp8_model(folder: Path, *trained: int) -> LanguageModel:
         device=CPU,
         trainable=TrainableSet.of(trained or TRAINED),
         record=None,
-        partition=quantize_linears,
+        when_filled=quantize_linears,
     )
 
 

@@ -55,7 +55,7 @@ def models(tmp_path: Path, count: int) -> tuple[list[LanguageModel], set[int]]:
             device=CPU,
             trainable=TrainableSet.of(blocks),
             record=None,
-            partition=quantize_linears,
+            when_filled=quantize_linears,
         )
         for _ in range(count)
     ]

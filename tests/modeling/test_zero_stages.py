@@ -74,7 +74,7 @@ def train(ranks: Ranks, folder: str, stage: int, trained: list[int], starved: bo
         device=ranks.device,
         trainable=TrainableSet.of(trained) if trained else TrainableSet.all(),
         record=None,
-        partition=stage_3_partition(config) if stage == 3 else None,
+        when_filled=stage_3_partition(config) if stage == 3 else None,
     )
     for index, block in enumerate(model.blocks):
         if leaves and index != model.trainable.lowest:
@@ -173,7 +173,7 @@ def buffers(ranks: Ranks, folder: str, way: str, stage: int) -> dict[str, tuple[
             device=ranks.device,
             trainable=TrainableSet.of([1]),
             record=None,
-            partition=stage_3_partition(config) if stage == 3 else None,
+            when_filled=stage_3_partition(config) if stage == 3 else None,
         )
         parameters = [parameter for _, parameter in model.trainable_parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.0)

@@ -81,7 +81,7 @@ def start_engine(ranks: Ranks, setup: Setup) -> tuple[Engine, LanguageModel]:
         device=ranks.device,
         trainable=TrainableSet.of(setup.blocks) if setup.blocks else TrainableSet.all(),
         record=None,
-        partition=Engine.partitioner(config, setup.stage),
+        when_filled=Engine.partitioner(config, setup.stage),
     )
     engine = Engine.start(
         model,
