@@ -85,7 +85,7 @@ def fp8_linear(
 def input_gradient(gradient: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """∇y W, (tokens, inputs), for ∇y (tokens, outputs): the outputs' scales go into ∇y before it is quantized."""
     columns = codes.t().contiguous()
-    ones = torch.ones_like(columns[:, :1], dtype=torch.float32)
+    ones = scales.new_ones(len(columns), 1)
     return scaled_product(*quantize_rows(gradient * scales.t()), columns, ones)
 
 

@@ -48,7 +48,8 @@ def compute_capability() -> tuple[int, int] | None:
     """Of this rank's GPU; None where the CPU computes."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
+    # Where the scheduler shows each rank its own GPU only, that is number 0 for all of them.
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def folds_at_start(model: nn.Module, ranks: Ranks) -> Folds:
