@@ -16,13 +16,10 @@ class Buffers:
     Attributes:
         reduced: gradients that are reduced over ranks at once.
         gathered: parameters that stage 3 holds whole at once; 0 below it.
-        prefetched: parameters that stage 3 gathers at once, ahead of their use; they lie in a buffer before they are
-            held.
     """
 
     reduced: int
     gathered: int = 0
-    prefetched: int = 0
 
     @classmethod
     def of(cls, zero_stage: int, overlay: Mapping[str, Any] = NO_OVERLAY) -> Self:
@@ -32,7 +29,5 @@ class Buffers:
             overlay: the content of `engine.deepspeed`.
         """
         settings = strategy(zero_stage)["zero_optimization"] | overlay.get("zero_optimization", {})
-        reduced = int(settings["reduce_bucket_size"])
-        if zero_stage != 3:
-            return cls(reduced)
-        return cls(reduced, int(settings["stage3_max_live_parameters"]), int(settings["stage3_prefetch_bucket_size"]))
+        gathered = int(settings["stage3_max_live_parameters"]) if zero_stage == 3 else 0
+        return cls(int(settings["reduce_bucket_size"]), gathered)

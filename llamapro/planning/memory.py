@@ -122,7 +122,7 @@ def estimate_memory(
     casts = fp8_cast_bytes(shape, fused=fused) if precision == FP8_FROZEN else 0.0
     return Memory(
         weights=_weights(shape, learning, precision) / (world_size if split_weights else 1),
-        gathered=_gathered(shape, buffers) * width if split_weights else 0.0,
+        gathered=min(shape.parameters, buffers.gathered) * width if split_weights else 0.0,
         gradients=trainable * FLOAT32_BYTES / (world_size if zero_stage >= 2 else 1),
         optimizer=trainable * OPTIMIZER_BYTES / world_size,
         communication=_communication(zero_stage, world_size, width, buffers.reduced, trainable, device),
@@ -167,11 +167,6 @@ def block_costs(
 def _weights(shape: DecoderShape, learning: Learning, precision: str) -> float:
     saved = sum(size.fp8_saving for size in learning.frozen(shape)) if precision == FP8_FROZEN else 0
     return float(shape.parameters * WEIGHT_BYTES[precision] - saved)
-
-
-def _gathered(shape: DecoderShape, buffers: Buffers) -> int:
-    """Parameters that stage 3 holds whole, and those that are on their way there."""
-    return min(shape.parameters, buffers.gathered) + min(shape.parameters, buffers.prefetched)
 
 
 def _communication(

@@ -8,20 +8,36 @@ from typing import Any
 
 import orjson
 import pytest
+import torch
 
 from benchmarks import train_gpu
-from benchmarks.train_gpu import CEILINGS, COLUMNS, REFERENCE, report, with_memory
+from benchmarks.train_gpu import CEILINGS, COLUMNS, REFERENCE, VARIANTS, report, with_memory
 
 ROOT = Path(__file__).parents[2]
 OUT_OF_MEMORY = {"failed": ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."]}
 
 
-def test_it_runs_on_the_cpu_in_one_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.train_gpu", "--device", "cpu", "--shape", "tiny", "--steps", "2"]
-    command += ["--warmup", "1", "--variants", f"{CEILINGS},{REFERENCE},eager", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def run(results: Path, device: str, variants: str) -> dict[str, Any]:
+    """The command at the tiny shape, and the JSON that it wrote."""
+    command = [sys.executable, "-m", "benchmarks.train_gpu", "--device", device, "--shape", "tiny", "--steps", "2"]
+    command += ["--warmup", "1", "--variants", variants, "--results", str(results)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    facts = orjson.loads((tmp_path / "train-cpu-tiny.json").read_bytes())
+    found: dict[str, Any] = orjson.loads((results / f"train-{device}-tiny.json").read_bytes())
+    return found
+
+
+@pytest.mark.gpu
+def test_every_variant_runs_on_a_gpu(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    facts = run(tmp_path, "cuda", ",".join((CEILINGS, REFERENCE, *VARIANTS)))
+    failed = {name: found["failed"] for name, found in facts["variants"].items() if "failed" in found}
+    assert not failed or set(failed) <= {"fp8", "fp8-eager"}
+
+
+def test_it_runs_on_the_cpu_in_one_command(tmp_path: Path) -> None:
+    facts = run(tmp_path, "cpu", f"{CEILINGS},{REFERENCE},eager")
     assert facts["variants"].keys() == {CEILINGS, REFERENCE, "eager"}
     ours, reference = facts["variants"]["eager"], facts["variants"][REFERENCE]
     assert ours["tokens_per_second"] > 0 < reference["tokens_per_second"]

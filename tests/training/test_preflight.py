@@ -349,8 +349,7 @@ def test_settings_without_effect_are_warned_of(configure: Configure) -> None:
 
 
 def test_auto_takes_the_stage_that_fits_the_device(configure: Configure, tmp_path: Path) -> None:
-    names = ("reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
-    buckets = dict.fromkeys(names, 1000)
+    buckets = dict.fromkeys(("reduce_bucket_size", "stage3_max_live_parameters"), 1000)
     (tmp_path / "small.json").write_bytes(orjson.dumps({"zero_optimization": buckets}))
     engine = {"precision": "float32", "deepspeed": str(tmp_path / "small.json")}
     config = configure(batch={"micro_sequences": 1}, engine=engine)
