@@ -1,17 +1,18 @@
 """Whole runs with frozen weights in FP8: stages, resume, export and proof."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamapro.errors import ConfigError
 from llamapro.expansion.record import read_record
 from llamapro.export.export import export
-from llamapro.modeling.fp8 import FP8Linear
+from llamapro.modeling.fp8 import FP8Linear, quantize_rows
 from llamapro.ranks import Ranks
 from llamapro.training import fp8
 from llamapro.training.device import cpu_device
@@ -105,6 +106,21 @@ def test_the_export_has_the_base_bit_for_bit(folder: Path, reference: list[dict[
     changed = {name for name in exported if not torch.equal(exported[name], before[name])}
     assert {int(name.split(".")[2]) for name in changed} == set(record.new_blocks)
     assert not changed & record.base_tensors.keys()
+
+
+def test_the_folders_bytes_are_checked_before_they_are_cast(folder: Path, pool: WorkerPool, tmp_path: Path) -> None:
+    """The lowest bit of the smallest weight of a row: its code is the same, its digest is not."""
+    copy, name = tmp_path / "expanded", "model.layers.1.self_attn.v_proj.weight"
+    shutil.copytree(folder / "expanded", copy)
+    tensors = load_file(copy / "model.safetensors")
+    row = tensors[name][0].clone()
+    place = int(row.abs().argmin())
+    tensors[name][0].view(torch.int16)[place] ^= 1
+    assert torch.equal(quantize_rows(row[None])[0].float(), quantize_rows(tensors[name][:1])[0].float())
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    values = settings(folder, str(tmp_path / "run"), engine={"precision": "fp8-frozen"}, model={"path": str(copy)})
+    with pytest.raises(WorkerError, match=rf"CheckFailed: .*{name} differ from the expansion record"):
+        pool.run(open_run, values, world_size=1)
 
 
 @pytest.mark.parametrize("buffer", ["codes", "scales"])
