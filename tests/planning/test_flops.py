@@ -87,18 +87,25 @@ def tiny_config(**changes: Any) -> LlamaConfig:
 
 
 def counted(
-    config: PretrainedConfig, learning: Learning, rows: int, length: int, recomputed: frozenset[int] = frozenset()
+    config: PretrainedConfig,
+    learning: Learning,
+    rows: int,
+    length: int,
+    recomputed: frozenset[int] = frozenset(),
+    device: str = "cpu",
 ) -> float:
-    """FLOPs of one forward and backward pass through blocks of all kinds, as torch counts them."""
-    model = MODELS[type(config)](config)
+    """FLOPs of one forward and backward pass through blocks of all kinds, as torch counts them; sizes are enough."""
+    with torch.device(device):
+        model = MODELS[type(config)](config)
     for name, parameter in model.named_parameters():
         block = name.removeprefix("model.layers.").partition(".")[0]
         parameter.requires_grad_(learning.everything or (block.isdecimal() and int(block) in learning.blocks))
     prepare_blocks(model.model.layers, TrainableSet(learning.blocks, learning.everything))
     recompute_blocks(model.model.layers, recomputed)
-    ids = torch.randint(0, config.vocab_size, (rows, length))
+    ids = torch.zeros((rows, length), dtype=torch.int64, device=device)
+    mask = torch.zeros((rows, 1, length, length), device=device)  # made here: transformers' own looks at values
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().sum().backward()
     return float(counter.get_total_flops())
 
 
@@ -143,6 +150,16 @@ def test_torch_counts_the_same_of_experts() -> None:
     flops = flops_per_token(DecoderShape.from_config(config.to_dict()), learning, length)
     attention = flops.forward_attention + flops.attention_backward
     assert counted(config, learning, rows, length) == rows * length * (flops.model + attention)
+
+
+def test_torch_counts_the_same_at_full_size() -> None:
+    config, learning, length = LlamaConfig(**LLAMA2_7B, attn_implementation="eager"), Learning(NEW), 4096
+    flops = paper(learning)
+    total = counted(config, learning, 1, length, device="meta") / length
+    assert total == flops.model + flops.forward_attention + flops.attention_backward
+    again = counted(config, learning, 1, length, frozenset({4, 5}), device="meta") / length
+    more = flops_per_token(DecoderShape.from_config(LLAMA2_7B), learning, length, {4, 5}).block_recompute
+    assert again - total == more + 2 * flops.forward_attention / 40
 
 
 def test_what_frozen_weights_do_is_told_apart() -> None:
