@@ -31,6 +31,8 @@ LEARNING_RATE = 1e-5
 def prepare_model(work: Path, shape: str, device: str) -> None:
     """Write the model's random weights unless they are there."""
     write_model(work / shape, WORKLOADS[shape], torch.bfloat16, torch.device(device))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the variants' processes need what this one took
 
 
 def planned_micro_batch(arguments: argparse.Namespace, engine: Mapping[str, Any]) -> int:
