@@ -25,7 +25,7 @@ class EngineConfig(Section):
     """Memory per GPU for activations, in GiB; beyond it whole blocks are recomputed. auto: unlimited where it fits."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of each kind of block and of the loss, at ZeRO stage 3 of norms and the loss; auto: on GPUs."""
+    """torch.compile of each kind of block and of the loss; auto: on GPUs."""
 
     attention: Literal["auto", "flash", "cudnn", "sdpa", "math"] = "auto"
     """Attention kernel: flash (over all documents at once; FA4, FA3 or torch's own FA2), cudnn, sdpa, math; auto: the

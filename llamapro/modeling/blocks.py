@@ -107,8 +107,14 @@ class _KindOfBlock:
     def _autograd(self) -> AbstractContextManager[Any]:
         if self.kind is BlockKind.PREFIX:
             return torch.no_grad()
-        others = parameters_beside_linears(self) if self.kind is BlockKind.FROZEN else []  # type: ignore[arg-type]
-        return KeptByReference(others) if others else nullcontext()
+        parameters = self._referred_to()
+        return KeptByReference(parameters) if parameters else nullcontext()
+
+    def _referred_to(self) -> list[nn.Parameter]:
+        """The parameters that are kept for the backward pass by reference: a compiled block would keep their data."""
+        if self.compiled is not None:
+            return list(self.parameters())  # type: ignore[attr-defined]
+        return parameters_beside_linears(self) if self.kind is BlockKind.FROZEN else []  # type: ignore[arg-type]
 
     def _pass_on(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.tuple_length is None:  # bypassed before it ever ran: run it once to see what it returns

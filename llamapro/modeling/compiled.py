@@ -1,16 +1,16 @@
-"""torch.compile where it pays: whole blocks, or only functions of theirs where weights come and go.
+"""torch.compile of blocks and of the loss, where it pays.
 
-Blocks of one kind share a graph: what differs between them are the tensors they are given. With weights cut over ranks
-(ZeRO-3) whole blocks would break into dozens of graphs around the hooks that fetch them, so only norms and the loss are
-compiled there: functions of tensors that are whole when they are called.
+Blocks of one kind share a graph: what differs between them are the tensors they are given. This also holds where
+weights are cut over ranks (ZeRO-3), because they are fetched for a whole block before it begins; a compiled block then
+refers to its parameters instead of keeping their data (`blocks`), or every block would stay whole until its backward
+pass.
 """
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from llamapro.modeling.blocks import without_kind
 from llamapro.modeling.loss import chunk_loss
 from llamapro.modeling.model import LanguageModel
 
-BLOCKS, FUNCTIONS, NOTHING = "blocks", "functions", "nothing"
+BLOCKS, NOTHING = "blocks", "nothing"
 # A graph for each kind of block, with and without an input gradient, for each kind of layer that a family mixes.
 _MOST_GRAPHS: Final = 64
 
@@ -31,7 +31,7 @@ class CompileChoice:
     """What is compiled, and why.
 
     Attributes:
-        parts: blocks, functions or nothing.
+        parts: blocks or nothing.
     """
 
     parts: str
@@ -41,12 +41,11 @@ class CompileChoice:
         return f"{self.parts} ({self.reason})"
 
 
-def choose_compile(requested: str, model: LanguageModel, device: torch.device, *, partitioned: bool) -> CompileChoice:
+def choose_compile(requested: str, model: LanguageModel, device: torch.device) -> CompileChoice:
     """What to compile of a model.
 
     Args:
         requested: `engine.compile`: auto, on or off.
-        partitioned: weights are cut over ranks.
 
     Raises:
         UserError: it is asked for and can't be done.
@@ -60,8 +59,6 @@ def choose_compile(requested: str, model: LanguageModel, device: torch.device, *
         return CompileChoice(NOTHING, obstacle)
     if requested == "auto" and device.type == "cpu":
         return CompileChoice(NOTHING, "on CPUs compiling takes minutes; engine.compile: on pays in runs of hours")
-    if partitioned:
-        return CompileChoice(FUNCTIONS, "weights are cut over ranks: norms and the loss")
     return CompileChoice(BLOCKS, "each kind of block, and the loss")
 
 
@@ -73,10 +70,7 @@ def compile_model(model: LanguageModel, choice: CompileChoice) -> None:
     # The limit belongs to the process; beyond it torch would go on uncompiled and say so in a warning only.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     model.head.chunk_loss = torch.compile(chunk_loss, dynamic=True)
-    if choice.parts == BLOCKS:
-        _compile_blocks(model.blocks)
-    else:
-        _compile_norms(model.blocks)
+    _compile_blocks(model.blocks)
 
 
 def _compile_blocks(blocks: nn.ModuleList) -> None:
@@ -85,21 +79,6 @@ def _compile_blocks(blocks: nn.ModuleList) -> None:
         own = without_kind(type(block))
         compiled.setdefault(own, torch.compile(own.forward, dynamic=False))
         block.compiled = compiled[own]  # type: ignore[assignment]
-
-
-def _compile_norms(blocks: nn.ModuleList) -> None:
-    compiled: dict[type, Callable[..., Any]] = {}
-    for norm in _norms(blocks):
-        compiled.setdefault(type(norm), torch.compile(type(norm).forward, dynamic=False))
-        norm.forward = partial(compiled[type(norm)], norm)
-
-
-def _norms(blocks: nn.ModuleList) -> Iterator[nn.Module]:
-    """The layers of blocks that own vectors only and are called norms."""
-    for module in blocks.modules():
-        vectors = [parameter.ndim == 1 for parameter in module.parameters()]
-        if "Norm" in type(module).__name__ and all(vectors) and not list(module.children()):
-            yield module
 
 
 def _no_compiler(device: torch.device) -> str:

@@ -118,7 +118,7 @@ def start_engine(config: RunConfig, facts: Facts, ranks: Ranks, accumulation_ste
     model = agree(ranks, lambda: _build(config, facts, ranks))
     fp8_start = folds_at_start(model, ranks)
     recompute_blocks(model.blocks, facts.recomputed)
-    agree(ranks, lambda: _compile(model, config, facts, ranks))
+    agree(ranks, lambda: _compile(model, config, ranks))
     engine = Engine.start(
         model,
         model.trainable_parameters(),
@@ -167,9 +167,8 @@ def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
     )
 
 
-def _compile(model: LanguageModel, config: RunConfig, facts: Facts, ranks: Ranks) -> None:
-    choice = choose_compile(config.engine.compile, model, ranks.device, partitioned=facts.zero_stage == 3)
-    compile_model(model, choice)
+def _compile(model: LanguageModel, config: RunConfig, ranks: Ranks) -> None:
+    compile_model(model, choose_compile(config.engine.compile, model, ranks.device))
 
 
 def _when_filled(config: RunConfig, facts: Facts) -> Callable[[nn.Module], None] | None:

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from llamapro.errors import UserError
 from llamapro.modeling.blocks import uncompiled
-from llamapro.modeling.compiled import BLOCKS, FUNCTIONS, NOTHING, CompileChoice, choose_compile, compile_model
+from llamapro.modeling.compiled import BLOCKS, NOTHING, CompileChoice, choose_compile, compile_model
 from llamapro.modeling.model import LanguageModel
 from llamapro.modeling.recompute import recompute_blocks
 from llamapro.modeling.trainable import TrainableSet
@@ -117,16 +117,6 @@ def test_dense_families_compile_without_a_break(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.usefixtures("quick_backend")
-def test_functions_alone_compute_the_same(tmp_path: Path) -> None:
-    folder, record = expanded_llama(tmp_path)
-    plain, compiled = (ready_model(folder, TrainableSet.of(record.new_blocks)) for _ in range(2))
-    compile_model(compiled, CompileChoice(FUNCTIONS, "test"))
-    assert all(block.compiled is None for block in compiled.blocks)
-    assert_equal_training(plain, compiled, 1e-5)
-    assert graphs() > 0 and not counters["graph_break"]
-
-
-@pytest.mark.usefixtures("quick_backend")
 def test_compiled_blocks_can_be_computed_again(tmp_path: Path) -> None:
     folder, record = expanded_llama(tmp_path)
     kept, again = (ready_model(folder, TrainableSet.of(record.new_blocks)) for _ in range(2))
@@ -176,17 +166,16 @@ def test_what_can_not_be_compiled_says_why(tmp_path: Path, monkeypatch: pytest.M
     dense = ready_model(FAMILIES["qwen2"].save(tmp_path / "dense"), TRAINED)
     experts = ready_model(FAMILIES["mixtral"].save(tmp_path / "experts"), TRAINED)
     own = ready_model(own_attention().save(tmp_path / "own"), TRAINED)
-    assert choose_compile("off", dense, CPU, partitioned=False) == CompileChoice(NOTHING, "asked for: off")
-    assert choose_compile("on", dense, CPU, partitioned=False).parts == BLOCKS
-    assert choose_compile("on", dense, CPU, partitioned=True).parts == FUNCTIONS
-    assert "on CPUs" in choose_compile("auto", dense, CPU, partitioned=False).reason
+    assert choose_compile("off", dense, CPU) == CompileChoice(NOTHING, "asked for: off")
+    assert choose_compile("on", dense, CPU).parts == BLOCKS
+    assert "on CPUs" in choose_compile("auto", dense, CPU).reason
     for model, reason in ((experts, "chooses experts"), (own, "mask between documents")):
-        assert reason in choose_compile("auto", model, CPU, partitioned=False).reason
+        assert reason in choose_compile("auto", model, CPU).reason
         with pytest.raises(UserError, match=f"engine.compile: on can't be done: .*{reason}"):
-            choose_compile("on", model, CPU, partitioned=False)
+            choose_compile("on", model, CPU)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no C\\+\\+ compiler"):
-        choose_compile("on", dense, CPU, partitioned=False)
+        choose_compile("on", dense, CPU)
 
 
 def own_attention() -> TinyFamily:
@@ -196,6 +185,6 @@ def own_attention() -> TinyFamily:
 def test_on_a_gpu_it_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = ready_model(FAMILIES["qwen2"].save(tmp_path), TRAINED)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert choose_compile("auto", dense, CUDA, partitioned=False).parts == BLOCKS
+    assert choose_compile("auto", dense, CUDA).parts == BLOCKS
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_compile("auto", dense, CUDA, partitioned=False) == CompileChoice(NOTHING, "triton is not installed")
+    assert choose_compile("auto", dense, CUDA) == CompileChoice(NOTHING, "triton is not installed")
