@@ -24,8 +24,6 @@ from llamapro.planning.shape import DecoderShape, Learning
 ZERO_STAGES: Final = (1, 2, 3)
 # What is in FP8 is whole on every rank.
 FP8_STAGES: Final = (1, 2)
-# Stages whose blocks can be compiled whole; at stage 3 hooks gather weights in the middle of them.
-COMPILED_STAGES: Final = (1, 2)
 # Kept free for fragmentation, workspaces of libraries, NCCL and the device's own needs.
 RESERVED_FRACTION: Final = 0.1
 # On CPUs larger micro-batches gain nothing and cost memory.
@@ -40,7 +38,7 @@ class Job:
         precision: as `engine.precision`.
         share: sequences per rank and optimizer step, rounded up.
         activation_memory_gib: as `engine.activation_memory_gib`.
-        compiled: blocks are compiled where the stage allows it.
+        compiled: blocks are compiled.
         device: what ranks compute on.
         overlay: the content of `engine.deepspeed`.
     """
@@ -67,14 +65,10 @@ class Job:
             micro_tokens=micro_sequences * self.sequence_length,
             sequence_length=self.sequence_length,
             recomputed=recomputed,
-            fused=self.fused(zero_stage),
+            fused=self.compiled,
             device=self.device,
             buffers=Buffers.of(zero_stage, self.overlay),
         )
-
-    def fused(self, zero_stage: int) -> bool:
-        """Whether blocks are compiled at this stage."""
-        return self.compiled and zero_stage in COMPILED_STAGES
 
     def flops(self, recomputed: Collection[int] = ()) -> FlopsPerToken:
         """FLOPs per token."""
@@ -88,7 +82,7 @@ class Job:
         room = min(self.activation_limit, budget - memory.static - memory.at_work)
         if self.activation_memory_gib == "unlimited":
             return frozenset() if memory.activations <= room else None
-        return fewest_recomputed(self.costs(zero_stage, micro_sequences), room)
+        return fewest_recomputed(self.costs(micro_sequences), room)
 
     def fits(self, zero_stage: int, micro_sequences: int, budget: float) -> bool:
         """Whether everything fits without computing anything again."""
@@ -105,7 +99,7 @@ class Job:
         gib = self.activation_memory_gib
         return math.inf if isinstance(gib, str) else gib * GIB
 
-    def costs(self, zero_stage: int, micro_sequences: int) -> tuple[BlockCost, ...]:
+    def costs(self, micro_sequences: int) -> tuple[BlockCost, ...]:
         """The blocks of the backward pass with this micro-batch."""
         return block_costs(
             self.shape,
@@ -113,7 +107,7 @@ class Job:
             WEIGHT_BYTES[self.precision],
             micro_sequences * self.sequence_length,
             self.sequence_length,
-            fused=self.fused(zero_stage),
+            fused=self.compiled,
         )
 
     def recompute_flops(self, recomputed: Collection[int]) -> float:
@@ -168,7 +162,7 @@ def choose(
     budget = math.inf if budget_bytes is None else budget_bytes
     smallest = micro_sequences or 1
     stages = (zero_stage,) if zero_stage else FP8_STAGES if job.precision == FP8_FROZEN else ZERO_STAGES
-    _refuse_too_little(job, stages, smallest)
+    _refuse_too_little(job, smallest)
     stage = _stage(job, stages, smallest, budget)
     largest = job.share if most_micro_tokens is None else most_micro_tokens // job.sequence_length
     largest = 1 if budget_bytes is None else largest
@@ -177,7 +171,7 @@ def choose(
     micro = micro_sequences or min(candidates, key=lambda size: (_padded_rows(job.share, size), -size))
     recomputed = job.recomputed(stage, micro, budget)
     if recomputed is None:
-        recomputed = _best_effort(job, stage, micro)
+        recomputed = _best_effort(job, micro)
     memory = job.memory(stage, micro, recomputed)
     return Choice(stage, micro, math.ceil(job.share / micro), recomputed, memory, memory.total <= budget)
 
@@ -192,18 +186,18 @@ def _stage(job: Job, stages: Collection[int], micro: int, budget: float) -> int:
     return min(costs, key=lambda stage: costs[stage], default=max(stages))
 
 
-def _best_effort(job: Job, stage: int, micro: int) -> frozenset[int]:
+def _best_effort(job: Job, micro: int) -> frozenset[int]:
     """What to compute again when memory is too small in any case."""
-    return frozenset() if job.activation_memory_gib == "unlimited" else most_recomputed(job.costs(stage, micro))
+    return frozenset() if job.activation_memory_gib == "unlimited" else most_recomputed(job.costs(micro))
 
 
-def _refuse_too_little(job: Job, stages: Collection[int], micro: int) -> None:
-    """Refuse a number of bytes that activations can't be brought under at any of these stages.
+def _refuse_too_little(job: Job, micro: int) -> None:
+    """Refuse a number of bytes that activations can't be brought under.
 
     Raises:
         UserError: says how many are needed.
     """
-    costs = min((job.costs(stage, micro) for stage in stages), key=least_peak_bytes)
+    costs = job.costs(micro)
     least = least_peak_bytes(costs)
     if least > job.activation_limit:
         largest = max(costs, key=lambda cost: cost.kept)

@@ -33,6 +33,6 @@ def job_of_run(
 
 
 def compiles(setting: str, shape: DecoderShape, device: DeviceKind) -> bool:
-    """Whether blocks will be compiled where the stage allows it: `auto` does on GPUs, blocks that make one graph."""
+    """Whether blocks will be compiled: `auto` does it on GPUs, for blocks that make one graph."""
     one_graph = not shape.scores_kept and not any(size.experts for size in shape.block_sizes)
     return setting == "on" or (setting == "auto" and device == "cuda" and one_graph)

@@ -103,8 +103,8 @@ def _compute_seconds(job: Job, choice: Choice, gpu: Gpu, efficiency: float) -> t
 
 def _glue_bytes(job: Job, choice: Choice) -> float:
     """Per token."""
-    shape, fused = job.shape, job.fused(choice.zero_stage)
-    block = fused_frozen_block_bytes(shape, WEIGHT_BYTES[job.precision]) * (1.0 if fused else EAGER_GLUE)
+    shape = job.shape
+    block = fused_frozen_block_bytes(shape, WEIGHT_BYTES[job.precision]) * (1.0 if job.compiled else EAGER_GLUE)
     forward = (shape.blocks + len(choice.recomputed)) * GLUE_FORWARD
     return block * (forward + job.learning.backward_blocks(shape) * GLUE_BACKWARD)
 
