@@ -61,17 +61,19 @@ def build_dataset(request: BuildRequest, start_pool: StartPool = worker_pool) ->
         return _already_built(request, plan)
     _prepare_output(request.output)
     _require_space(request.output, plan, work)
+    samples = _sampled_texts(plan)
+    _require_evaluation_items(plan)
     with _full_disk_explained(request.output):
         work.folder.mkdir(parents=True, exist_ok=True)
         with RunLock(work.folder):
-            manifest = _build(request, plan, work, start_pool)
+            manifest = _build(request, plan, work, samples, start_pool)
     remove_tree(work.folder)
     return manifest
 
 
-def _build(request: BuildRequest, plan: BuildPlan, work: Work, start_pool: StartPool) -> DatasetManifest:
-    samples = _sampled_texts(plan)
-    _require_evaluation_items(plan)
+def _build(
+    request: BuildRequest, plan: BuildPlan, work: Work, samples: Sequence[str], start_pool: StartPool
+) -> DatasetManifest:
     work.adopt(plan)
     folder = plan.tokenizer_folder
     library = choose_library(tokenizer_file(folder), samples, special_texts(folder))

@@ -260,6 +260,7 @@ def test_inputs_without_documents_are_refused_and_do_not_stand_in_the_way_later(
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         build([tmp_path / "in.jsonl"], tokenizer, tmp_path / "o", max_reject_fraction=1.0)
+    assert not (tmp_path / "o").exists()
     write_jsonl(tmp_path / "in.jsonl", ["now there is one"])
     assert build([tmp_path / "in.jsonl"], tokenizer, tmp_path / "o", heldout=0.0).split("train").documents == 1
 

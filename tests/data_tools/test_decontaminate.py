@@ -172,6 +172,7 @@ def test_evaluation_files_that_say_nothing_are_refused_before_the_work(place, to
         built(place, tokenizer, tmp_path / "d", decontaminate=(str(tmp_path / "bad.jsonl"),))
     with pytest.raises(DataError, match="--decontaminate .*nothing: there is no such file"):
         built(place, tokenizer, tmp_path / "d", decontaminate=(str(tmp_path / "nothing"),))
+    assert not (tmp_path / "d").exists()
 
 
 def test_documents_that_are_all_contaminated_are_one_message(place, tokenizer, tmp_path):
