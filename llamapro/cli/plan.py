@@ -123,7 +123,7 @@ def _plan_run(path: Path, hardware: Hardware) -> None:
     title = f"memory per GPU, GiB, with a micro-batch of {choice.micro_sequences}"
     rows = memory_rows(job, choice.micro_sequences, choice.recomputed, hardware.budget)
     console.table(title, MEMORY_COLUMNS, rows)
-    console.table("work", FLOPS_COLUMNS, flops_rows(job.flops(choice.recomputed)))
+    console.table("FLOPs per token", FLOPS_COLUMNS, flops_rows(job.flops(choice.recomputed)))
     if hardware.gpu is not None:
         console.table("expected time, micro-batch by stage", TIME_COLUMNS, _time_rows(job, given_micro, hardware))
     _say_ways_out(job, choice, hardware)

@@ -10,6 +10,7 @@ from llamapro.planning.plan import ZERO_STAGES, Job
 
 MEMORY_COLUMNS: Final = ("item", *(f"ZeRO-{stage}" for stage in ZERO_STAGES))
 FLOPS_COLUMNS: Final = ("work", "GFLOP per token")
+_SMALL_GIB: Final = 0.1
 _ITEMS: Final = {
     "weights": "weights",
     "gathered": "gathered parameters",
@@ -24,8 +25,11 @@ _ITEMS: Final = {
 
 
 def gib(amount: float) -> str:
-    """Bytes as GiB with two decimals."""
-    return f"{amount / GIB:.2f}" if math.isfinite(amount) else "unknown"
+    """Bytes as GiB with two decimals, less than a tenth of one with two digits."""
+    if not math.isfinite(amount):
+        return "unknown"
+    value = amount / GIB
+    return f"{value:.2f}" if value == 0 or value >= _SMALL_GIB else f"{value:.2g}"
 
 
 def recomputation(job: Job, recomputed: Collection[int]) -> str:

@@ -152,7 +152,7 @@ def show_plan(config: RunConfig, facts: Facts) -> None:
     budget = usable_bytes(facts.device.memory_bytes)
     memory = memory_rows(facts.job, facts.micro_sequences, facts.recomputed, budget)
     console.table("memory per rank, GiB", MEMORY_COLUMNS, memory)
-    console.table("work", FLOPS_COLUMNS, flops_rows(facts.flops))
+    console.table("FLOPs per token", FLOPS_COLUMNS, flops_rows(facts.flops))
 
 
 def _check_paths(config: RunConfig, findings: Findings) -> None:

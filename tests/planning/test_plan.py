@@ -8,6 +8,7 @@ from llamapro.errors import UserError
 from llamapro.planning.plan import Job, choose, usable_bytes
 from llamapro.planning.recompute import least_peak_bytes
 from llamapro.planning.shape import DecoderShape, Learning
+from llamapro.planning.tables import gib
 
 GIB = 1 << 30
 SHAPE = DecoderShape.from_config(
@@ -150,3 +151,13 @@ def test_a_number_that_only_compiled_blocks_keep_within_is_not_refused() -> None
     assert choose(replace(compiled, activation_memory_gib=least), budget_bytes=1e15).zero_stage == 1
     with pytest.raises(UserError, match="engine.activation_memory_gib"):
         choose(replace(job(), activation_memory_gib=least), budget_bytes=1e15)
+
+
+def test_small_amounts_are_not_said_to_be_nothing() -> None:
+    assert [gib(amount * GIB) for amount in (0, 0.0123, 0.5, 96.5, float("inf"))] == [
+        "0.00",
+        "0.012",
+        "0.50",
+        "96.50",
+        "unknown",
+    ]
