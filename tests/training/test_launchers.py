@@ -128,6 +128,10 @@ def zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 @contextmanager
 def launched(folder: Path, program: str) -> Iterator[Job]:
     """A program with two ranks under `deepspeed`, in a process group of its own; nothing is left of it."""
@@ -156,11 +160,14 @@ def launched(folder: Path, program: str) -> Iterator[Job]:
 
 
 def test_a_terminated_launcher_leaves_the_usual_ranks_running(tmp_path: Path) -> None:
+    """Their parent is not the command that was ended, so they can't learn it from that one either."""
     with launched(tmp_path, USUAL) as job:
+        parents = [parent_of(pid) for pid in job.living()]
         job.launcher.terminate()
         assert job.launcher.wait(SECONDS) == -signal.SIGTERM
         time.sleep(3)
         assert len(job.living()) == 2 and job.said("saved") == []
+        assert [parent_of(pid) for pid in job.living()] == parents and job.launcher.pid not in parents
 
 
 def test_ranks_that_watch_save_and_end_when_their_launcher_is_gone(tmp_path: Path) -> None:
