@@ -51,7 +51,7 @@ def test_the_page_has_every_option_and_a_command_that_parses() -> None:
     page = (Path(__file__).parents[2] / "docs" / "fp8.md").read_text()
     options = {option for action in fp8_gate._parser()._actions for option in action.option_strings}
     assert {option for option in options - {"-h", "--help", "--debug"} if option not in page} == set()
-    (command,) = re.findall(r"python -m benchmarks\.fp8_gate (.*)", page)
+    command = re.findall(r"python -m benchmarks\.fp8_gate (.*)", page)[0]
     own, overrides = fp8_gate._parser().parse_known_args(command.split())
     assert own.ranks == 8 and overrides == ["--schedule.steps", "200"]
     words = fp8_gate.train_command(own, overrides, Path("run"), fp8_gate.FP8)
