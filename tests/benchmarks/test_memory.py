@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes
-from benchmarks.memory import report, run
+from benchmarks.memory import GPU_CASES, report, run
 
 CASES = ({"ranks": 1, "stage": 1}, {"ranks": 1, "stage": 1, "budget": 0.5}, {"ranks": 2, "stage": 3})
 
@@ -34,3 +34,11 @@ def test_plans_are_within_a_tenth_of_what_a_step_takes(tmp_path: Path) -> None:
     assert limited["recomputed"] and limited["measured_bytes"] < whole["measured_bytes"]
     page = report(found)
     assert "planned / measured" in page and page.count("| bf16 |") == len(CASES)
+
+
+@pytest.mark.gpu
+def test_plans_are_within_a_tenth_of_what_a_gpu_allocates(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for case in run(tmp_path, "1b", "cuda", GPU_CASES)["cases"]:
+        assert case["ratio"] == pytest.approx(1, abs=0.1), case
