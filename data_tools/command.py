@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="jsonl, txt (also .gz, .zst), parquet; folders, globs"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="PATH",
+        help="jsonl, txt (also .gz, .zst), parquet; folders, globs",
     )
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="model folder or hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder")
@@ -58,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decontaminate",
         nargs="+",
-        default=(),
+        action="extend",
+        default=[],
         metavar="FILE",
         help="evaluation files (jsonl, txt, parquet): documents that share 13 words in a row with an item are found",
     )

@@ -3,6 +3,7 @@
 import pytest
 
 from llamapro.cli.main import main
+from llamapro.data.manifest import read_dataset_manifest
 from tests.support.data import flip_bit, random_texts, save_tokenizer, write_jsonl
 
 
@@ -22,6 +23,29 @@ def test_build_reports_what_it_made_and_is_done_when_called_again(place, capsys)
     shown = capsys.readouterr()
     assert "heldout" in shown.out and "documents" in shown.out
     assert "already built" in shown.err
+
+
+def test_an_option_given_twice_names_the_files_of_both(place, capsys):
+    more = write_jsonl(place / "more.jsonl", random_texts(7, seed=2))
+    command = [
+        "data",
+        "build",
+        "--input",
+        str(place / "text"),
+        "--input",
+        str(more),
+        "--tokenizer",
+        str(place / "model"),
+    ]
+    evaluation = [
+        str(write_jsonl(place / name, random_texts(1, seed))) for seed, name in ((1, "e.jsonl"), (2, "f.jsonl"))
+    ]
+    command += ["--decontaminate", evaluation[0], "--decontaminate", evaluation[1], "--contaminated", "report"]
+    assert main([*command, "--output", str(place / "both"), "--heldout", "0"]) == 0
+    manifest = read_dataset_manifest(place / "both")
+    assert {file.name for file in manifest.source_files} == {"text/a.jsonl", "more.jsonl"}
+    assert manifest.splits["train"].documents == 57
+    assert len((place / "both" / "contamination.jsonl").read_text().splitlines()) == 2
 
 
 def test_pack_tells_rows_and_how_full_they_are(place, capsys):
