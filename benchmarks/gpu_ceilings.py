@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.training_run import WORKLOADS, Workload
+from llamapro.modeling.attention import AttentionNeeds, PackedDocuments, attend, choose_attention, pack_documents
+from llamapro.modeling.flash import activate
 
 SECONDS = {"cuda": 0.5, "cpu": 0.05}
 ROWS = {"cuda": 6, "cpu": 2}
 TERA = 1e12
+TRAINERS = {"cuda": ("auto", "cudnn", "sdpa"), "cpu": ("auto", "math")}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
 
 
@@ -25,7 +28,7 @@ def measure(device_name: str, shape: str) -> dict[str, Any]:
     bf16 = [row["tflops"] for row in matrices if row["dtype"] == "bf16"]
     return {
         "matrices": matrices,
-        "attention": list(_attention(workload, rows, device)),
+        "attention": [*_attention(workload, rows, device), *_trainers_attention(workload, rows, device)],
         "matrix_flops": max(bf16) * TERA,
         "rows": rows,
     }
@@ -107,6 +110,28 @@ def _attention(workload: Workload, rows: int, device: torch.device) -> Iterator[
         shape = f"({rows}, {heads}, {length}, {width})"
         yield {"name": f"attention {name} {shape}, forward", **_rate_or_failure(attend, forward, device)}
         yield {"name": f"attention {name} {shape}, both", **_rate_or_failure(both, 3.5 * forward, device)}
+
+
+def _trainers_attention(workload: Workload, rows: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The kernels that the trainer chooses among, called as it calls them: rows of one document each."""
+    heads, length = workload.sizes["num_attention_heads"], workload.sequence_length
+    width = workload.sizes["hidden_size"] // heads
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+    query, key, value = (torch.randn(rows, heads, length, width, **options) for _ in range(3))
+    positions = torch.arange(length, device=device).expand(rows, -1)
+    flops = 2.0 * rows * heads * length * length * width
+    for requested in TRAINERS[device.type]:
+        choice = choose_attention(requested, device, torch.bfloat16, AttentionNeeds(width))
+        if choice.flash is not None:
+            activate(choice.flash)
+        documents = pack_documents(positions, choice)
+
+        def both(documents: PackedDocuments = documents) -> None:
+            output, _ = attend(torch.nn.Identity(), query, key, value, None, documents=documents)
+            output.sum().backward()
+
+        name = f"attention of the trainer, {requested}: {choice.name} ({choice.reason}), both"
+        yield {"name": name, **_rate_or_failure(both, 3.5 * flops, device)}
 
 
 def _rate_or_failure(work: Callable[[], Any], flops: float, device: torch.device) -> dict[str, Any]:
