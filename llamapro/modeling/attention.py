@@ -95,7 +95,7 @@ def choose_attention(
     """
     if requested == "auto":
         return _fastest(device, dtype, needs)
-    if obstacle := _obstacle(requested, device, dtype, needs):
+    if obstacle := kernel_obstacle(requested, device, dtype, needs):
         raise UserError(f"engine.attention: {requested} can't run: {obstacle}; use auto")
     reason = f"asked for: {requested}"
     if requested == "flash":
@@ -118,7 +118,7 @@ def _varlen(device: torch.device, needs: AttentionNeeds, reason: str) -> Attenti
     return AttentionChoice(VARLEN, f"{reason}: {flash.name} ({flash.reason})", flash)
 
 
-def _obstacle(requested: str, device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> str:
+def kernel_obstacle(requested: str, device: torch.device, dtype: torch.dtype, needs: AttentionNeeds) -> str:
     """Why a kernel asked for by name can't run; empty when it can."""
     if needs.own:
         return needs.own

@@ -52,7 +52,7 @@ def choose_compile(requested: str, model: LanguageModel, device: torch.device) -
     """
     if requested == "off":
         return CompileChoice(NOTHING, "asked for: off")
-    obstacle = _no_compiler(device) or _unfit(model)
+    obstacle = compiler_obstacle(device) or _unfit(model)
     if obstacle and requested == "on":
         raise UserError(f"engine.compile: on can't be done: {obstacle}; use auto")
     if obstacle:
@@ -81,7 +81,7 @@ def _compile_blocks(blocks: nn.ModuleList) -> None:
         block.compiled = compiled[own]  # type: ignore[assignment]
 
 
-def _no_compiler(device: torch.device) -> str:
+def compiler_obstacle(device: torch.device) -> str:
     """What is missing to compile for a device; empty when nothing is."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "triton is not installed"

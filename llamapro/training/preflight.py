@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llamapro import console
 from llamapro.config.availability import unavailable_settings
 from llamapro.config.root import RunConfig
@@ -26,6 +28,7 @@ from llamapro.training.data_facts import ModelText, check_sources, check_validat
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
 from llamapro.training.fp8 import check_fp8
+from llamapro.training.kernels import check_kernels
 from llamapro.training.model_facts import ModelFacts, Stage, check_model, resolve_trainable
 from llamapro.training.tokenizer import model_tokenizer_identity
 
@@ -90,6 +93,8 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
     _check_paths(config, findings)
     model = check_model(config, findings)
     trainable = _resolve(config, stage, model, findings)
+    device = device or present_device(world_size)
+    check_kernels(config.engine, torch.device(device.kind), findings)
     check_fp8(config, model, trainable, findings)
     text = _model_text(model, findings)
     sources = check_sources(config, text, findings)
@@ -98,7 +103,6 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
         raise ConfigError(findings.problems, f"{stage} on {config.model.path}")
     steps = None if config.schedule.steps == "auto" else config.schedule.steps
     warn_of_repeats(config, sources, steps, findings)
-    device = device or present_device(world_size)
     learning = Learning(trainable.blocks, trainable.everything)
     job = job_of_run(config, model.shape, learning, world_size, device.kind)
     choice = _choose(config, job, device, findings)

@@ -105,10 +105,16 @@ def test_all_problems_are_told_at_once(configure: Configure, data: dict[str, Any
                 "wiki": {"path": str(foreign), "weight": 1},
             },
         },
-        engine={"precision": "bf16", "offload": "optimizer", "deepspeed": str(tmp_path / "absent.json")},
+        engine={
+            "precision": "bf16",
+            "offload": "optimizer",
+            "attention": "cudnn",
+            "deepspeed": str(tmp_path / "absent.json"),
+        },
     )
     told = {problem.partition(":")[0]: problem for problem in problems_of(config)}
     expected = {
+        "engine.attention": ("cudnn can't run: cuDNN is for CUDA devices, not for cpu; use auto",),
         "engine.offload": ("not available in this version",),
         "engine.deepspeed": ("does not exist",),
         "engine.precision": ("float32 weights", "expand --dtype bf16", "allow_cast"),
@@ -120,6 +126,15 @@ def test_all_problems_are_told_at_once(configure: Configure, data: dict[str, Any
     assert told.keys() == expected.keys()
     for key, parts in expected.items():
         assert all(part in told[key] for part in parts), told[key]
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_starts(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_facts(configure(engine={"compile": "on"}), "pretrain", 1).zero_stage
+    monkeypatch.setenv("CXX", "absent-compiler")
+    (problem,) = problems_of(configure(engine={"compile": "on"}))
+    assert problem == "engine.compile: on can't be done: there is no C++ compiler (absent-compiler); use auto"
 
 
 def test_a_missing_model_does_not_hide_what_is_wrong_with_the_data(configure: Configure, tmp_path: Path) -> None:
