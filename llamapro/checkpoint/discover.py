@@ -4,7 +4,7 @@ Rank 0 decides and every rank hears the same answer. Invalid checkpoints are ren
 checkpoints but no valid one is refused, because starting afresh would bury its work.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,22 +65,25 @@ def list_checkpoints(root: Path, *, digests: bool) -> list[Listed]:
     return [_examine(folder, digests=digests) for folder in _newest_first(root)]
 
 
-def prune(root: Path, keep: int, keep_every_steps: int | None) -> list[Path]:
+def prune(
+    root: Path, keep: int, keep_every_steps: int | None, keep_newest_of_every_steps: int | None = None
+) -> list[Path]:
     """Delete old checkpoints; to be called by one process. Never raises: what can't be deleted is warned about.
 
-    The `keep` newest complete ones stay, and every one whose step is a multiple of `keep_every_steps`, and the one
-    RUN/latest names. Incomplete and quarantined folders are left alone. Deletion begins with a rename.
+    The `keep` newest complete ones stay, and every one whose step is a multiple of `keep_every_steps`, and the newest
+    one whose step is a multiple of `keep_newest_of_every_steps`, and the one RUN/latest names. Incomplete and
+    quarantined folders are left alone. Deletion begins with a rename.
 
     Returns:
         What was deleted.
     """
     assert keep >= 1, f"keep is {keep}"
     complete = [listed for listed in list_checkpoints(root, digests=False) if not listed.problem]
-    latest = read_pointer(root)
+    kept_folders = {read_pointer(root), newest_of_every(complete, keep_newest_of_every_steps)}
     deleted = []
     for listed in complete[keep:]:
         kept_for_ever = keep_every_steps is not None and listed.step % keep_every_steps == 0
-        if kept_for_ever or listed.folder == latest:
+        if kept_for_ever or listed.folder in kept_folders:
             continue
         try:
             remove_tree(listed.folder)
@@ -88,6 +91,11 @@ def prune(root: Path, keep: int, keep_every_steps: int | None) -> list[Path]:
         except OSError as error:
             console.warning(f"{listed.folder} could not be deleted: {error}")
     return deleted
+
+
+def newest_of_every(listed: Sequence[Listed], steps: int | None) -> Path | None:
+    """The first of complete checkpoints, newest first, whose step is a multiple of `steps`; None: there is none."""
+    return next((one.folder for one in listed if steps is not None and one.step % steps == 0), None)
 
 
 def _candidates(root: Path, ranks: Ranks) -> tuple[list[str], list[str]]:

@@ -352,6 +352,18 @@ def test_prune_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     assert names(root) == ["step-00000008"]
 
 
+def test_prune_keeps_the_newest_scheduled_one_behind_unscheduled_ones(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    fill(root, range(1, 9))
+    assert len(prune(root, keep=2, keep_every_steps=None, keep_newest_of_every_steps=3)) == 5
+    assert steps_left(root) == [6, 7, 8]
+    fill(root, range(9, 12))
+    prune(root, keep=1, keep_every_steps=None, keep_newest_of_every_steps=3)
+    assert steps_left(root) == [9, 11]
+    prune(root, keep=1, keep_every_steps=None, keep_newest_of_every_steps=100)
+    assert steps_left(root) == [11]
+
+
 def test_prune_never_deletes_what_latest_names_nor_what_is_damaged(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     fill(root, range(1, 6))
