@@ -77,7 +77,8 @@ class Saver:
         path = save_checkpoint(root, progress.step, session.engine, state.to_json(), record, session.ranks)
         settings = session.config.checkpoint
         if session.ranks.rank == 0:
-            prune(root, settings.keep, settings.keep_every_steps)
+            rolls_back = session.config.guards.spike == "rollback"
+            prune(root, settings.keep, settings.keep_every_steps, settings.every_steps if rolls_back else None)
         seconds = time.monotonic() - start
         session.metrics.event("save", step=progress.step, seconds=round(seconds, 3))
         console.info(f"saved {path} in {seconds:.1f} s")
