@@ -123,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.guarded(main))
+    sys.exit(console.guarded(main, debug=False))

@@ -75,3 +75,9 @@ def test_ratios_are_medians_of_ratios_within_rounds() -> None:
     ]
     assert ratios(rounds, EAGER, "tokens_per_second") == 2.0
     assert summary(rounds)[1] == (EAGER, "50", "2.00", "40", "0.25")
+
+
+def test_without_the_quickstart_s_model_it_says_how_to_get_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.train_cpu", "--work", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "make quickstart" in done.stderr
