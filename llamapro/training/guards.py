@@ -33,6 +33,8 @@ class SpikeGuard:
         self._losses: deque[float] = deque(maxlen=window_steps)
         self._gradient_norms: deque[float] = deque(maxlen=window_steps)
         self._skipped_in_a_row = 0
+        self._rolled_back_to: int | None = None
+        self._rollbacks = 0
         self._last_reason = ""
 
     def objection(self, loss: float, gradient_norm: float) -> str:
@@ -53,16 +55,32 @@ class SpikeGuard:
         self._last_reason = reason
         return reason
 
+    def roll_back(self, step: int, state: Mapping[str, Any]) -> None:
+        """Take the history back to that of a checkpoint; how often this was done in a row is not forgotten.
+
+        Args:
+            step: of the checkpoint; state: `state()` as it was saved there.
+        """
+        rollbacks = self._rollbacks + 1 if step == self._rolled_back_to else 1
+        self.restore(state)
+        self._rolled_back_to, self._rollbacks = step, rollbacks
+
     def check_limit(self) -> None:
-        """Stop a run that only skips.
+        """Stop a run that only skips, or only goes back.
 
         Raises:
-            CheckFailed: `max_skipped_in_a_row` steps in a row were skipped.
+            CheckFailed: `max_skipped_in_a_row` steps in a row were skipped, or as many times the run went back to one
+                and the same checkpoint.
         """
+        what = ""
         if self._skipped_in_a_row >= self._max_skipped_in_a_row:
+            what = f"{self._skipped_in_a_row} steps in a row were skipped"
+        elif self._rollbacks >= self._max_skipped_in_a_row:
+            what = f"{self._rollbacks} times the run went back to the checkpoint of step {self._rolled_back_to}"
+        if what:
             raise CheckFailed(
-                f"{self._skipped_in_a_row} steps in a row were skipped, the last because: {self._last_reason}; the run "
-                "stops (guards.max_skipped_in_a_row). Lower schedule.learning_rate, or look at the data of these steps"
+                f"{what}, the last time because: {self._last_reason}; the run stops (guards.max_skipped_in_a_row). "
+                "Lower schedule.learning_rate, or look at the data of these steps: llamapro data which"
             )
 
     def state(self) -> dict[str, Any]:
@@ -71,6 +89,8 @@ class SpikeGuard:
             "losses": list(self._losses),
             "gradient_norms": list(self._gradient_norms),
             "skipped_in_a_row": self._skipped_in_a_row,
+            "rolled_back_to": self._rolled_back_to,
+            "rollbacks": self._rollbacks,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -78,6 +98,7 @@ class SpikeGuard:
         self._losses = _recent(state["losses"], self._window_steps)
         self._gradient_norms = _recent(state["gradient_norms"], self._window_steps)
         self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        self._rolled_back_to, self._rollbacks = state.get("rolled_back_to"), state.get("rollbacks", 0)
 
     def _spike(self, quantity: str, value: float, history: deque[float]) -> str:
         if 2 * len(history) < self._window_steps or len(history) < 2:

@@ -193,7 +193,7 @@ def _restore(checkpoint: Checkpoint | None, config: RunConfig, facts: Facts, eng
 def _guard(config: RunConfig) -> SpikeGuard:
     settings = config.guards
     return SpikeGuard(
-        spikes=settings.spike == "skip",
+        spikes=settings.spike != "off",
         sigma=settings.spike_sigma,
         window_steps=settings.spike_window_steps,
         max_skipped_in_a_row=settings.max_skipped_in_a_row,

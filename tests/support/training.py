@@ -11,6 +11,7 @@ import torch
 
 from llamapro.checkpoint.discover import find_checkpoint
 from llamapro.checkpoint.folder import open_checkpoint
+from llamapro.checkpoint.layout import folder_name
 from llamapro.checkpoint.tensors import CheckpointTensors
 from llamapro.config.load import load_config
 from llamapro.expansion.expand import expand
@@ -115,10 +116,11 @@ def trained_weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def state_digest(run: Path) -> str:
-    """One digest of weights and moments of a run's newest checkpoint, however they are cut."""
-    newest = max((run / "checkpoints").glob("step-*"))
-    tensors, state = CheckpointTensors(open_checkpoint(newest)), sha256()
+def state_digest(run: Path, step: int | None = None) -> str:
+    """One digest of weights and moments of a run's checkpoint (default: the newest), however they are cut."""
+    folders = run / "checkpoints"
+    folder = max(folders.glob("step-*")) if step is None else folders / folder_name(step)
+    tensors, state = CheckpointTensors(open_checkpoint(folder)), sha256()
     for name in sorted(tensors.names()):
         for key in ("master", "exp_avg", "exp_avg_sq"):
             state.update(tensors.read(name, key, 0, torch.Size(tensors.shape(name)).numel()).tobytes())

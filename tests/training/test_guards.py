@@ -97,10 +97,37 @@ def test_endless_skipping_stops_the_run_with_the_last_reason() -> None:
         target.check_limit()
     target.objection(2.0, math.inf)
     with pytest.raises(
-        CheckFailed, match="3 steps in a row were skipped, the last because: gradient norm is inf"
+        CheckFailed, match="3 steps in a row were skipped, the last time because: gradient norm is inf"
     ) as caught:
         target.check_limit()
     assert caught.value.exit_code == 1
+
+
+def test_going_back_takes_the_history_back_and_is_counted_by_checkpoint() -> None:
+    target = guard(max_skipped_in_a_row=2)
+    feed(target, 100)
+    saved = orjson.loads(orjson.dumps(target.state()))
+    feed(target, 10, seed=1)
+    target.objection(50.0, 1.0)
+    target.roll_back(100, saved)
+    assert target.state() == saved | {"rolled_back_to": 100, "rollbacks": 1}
+    target.check_limit()
+    target.roll_back(200, saved)
+    target.check_limit()
+    target.objection(50.0, 1.0)
+    target.roll_back(200, saved)
+    with pytest.raises(CheckFailed, match="2 times the run went back to the checkpoint of step 200, .*: loss 50"):
+        target.check_limit()
+
+
+def test_a_stopped_run_remembers_how_often_it_went_back() -> None:
+    target, resumed = guard(max_skipped_in_a_row=2), guard(max_skipped_in_a_row=2)
+    saved = target.state()
+    target.roll_back(100, saved)
+    resumed.restore(orjson.loads(orjson.dumps(target.state())))
+    resumed.roll_back(100, saved)
+    with pytest.raises(CheckFailed, match="2 times"):
+        resumed.check_limit()
 
 
 def test_the_history_survives_a_checkpoint_exactly() -> None:
