@@ -1,8 +1,10 @@
 """What a run measures: one JSON object a line in metrics.jsonl, always; the same numbers to every tracker.
 
-Names carry units. Rank 0 writes; other ranks hold a log without sinks, so the loop needs no rank test.
+Names carry units. Rank 0 writes; other ranks hold a log without sinks, so the loop needs no rank test. A disk that is
+full ends no run: what can't be written is lost and said.
 """
 
+import errno
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from typing import Any, Protocol
 
 import orjson
 
+from llamapro import console
 from llamapro.files.atomic import write_atomic
 
 
@@ -33,13 +36,19 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self._path = path
-        self._trackers = tuple(trackers)
+        self._trackers = list(trackers)
+        self._lost_lines = 0
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Record the numbers of one step."""
         self._append({"step": step, **values})
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(step, values)
+            except OSError as error:
+                # Its own writer has ended with the error: it takes nothing any more until the next start.
+                self._trackers.remove(tracker)
+                console.warning(f"{type(tracker).__name__} gets no numbers from step {step} on: {error}")
 
     def event(self, name: str, **facts: Any) -> None:
         """Record something that happened: a start, a resume, a skipped step, a save, a stop."""
@@ -53,12 +62,28 @@ class MetricsLog:
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._path is None:
             return
-        # One write of one whole line with O_APPEND: a kill can leave a cut last line, never a mixed one.
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, orjson.dumps(dict(line)) + b"\n")
-        finally:
-            os.close(descriptor)
+            _append_whole(self._path, orjson.dumps(dict(line)) + b"\n")
+        except OSError as error:
+            self._lost_lines += 1
+            if self._lost_lines == 1:
+                console.warning(f"{self._path} loses lines until it can be written again: {error}")
+            return
+        if self._lost_lines:
+            console.warning(f"{self._path} is written again; lost lines: {self._lost_lines}")
+            self._lost_lines = 0
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append all or nothing, by one write: a kill can leave a cut last line, never a mixed one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if os.write(descriptor, data) != len(data):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
