@@ -1,9 +1,11 @@
 """One rank's tensors as one safetensors file, written front to back in constant memory with its digest on the way."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 import orjson
 import torch
@@ -56,19 +58,27 @@ def plan_rank_file(file_name: str, fragments: Sequence[Fragment]) -> RankFile:
     return RankFile(header, tuple(tensors), placed, len(header) + position)
 
 
-def write_rank_file(path: Path, plan: RankFile) -> FileEntry:
+def write_rank_file(path: Path, plan: RankFile, cancelled: Event | None = None) -> FileEntry:
     """Write and fsync the file; its digest is that of the bytes in memory, so a disk that lies is caught at load.
 
+    Args:
+        cancelled: set by another thread to have the writing given up.
+
     Raises:
-        OSError: the file system refused (full, quota, I/O error).
+        OSError: the file system refused (full, quota, I/O error), or the writing was given up.
     """
     state = xxhash.xxh3_128()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         for piece in _pieces(plan):
+            if cancelled is not None and cancelled.is_set():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), str(path))
             state.update(piece)
             _write_all(descriptor, piece)
         fsync_file(path)
+    except BaseException:
+        path.unlink(missing_ok=True)  # at once: training may need the last of the disk before the save is given up
+        raise
     finally:
         os.close(descriptor)
     return FileEntry(size=plan.nbytes, digest=state.hexdigest())

@@ -3,10 +3,15 @@
 Staging folder beside the target → a file per rank, fsynced, digested → results gathered → index, state, record →
 manifest → rename → parent fsynced → pointer. Whatever fails on whichever rank, every rank raises the same `SaveFailed`,
 older checkpoints are untouched and training may go on.
+
+`save_checkpoint` does all of it at once; `background` writes between `stage_save` and `commit_save` while training goes
+on.
 """
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +40,7 @@ from llamapro.checkpoint.rank_file import RankFile, plan_rank_file, write_rank_f
 from llamapro.checkpoint.state import TrainingState
 from llamapro.errors import LlamaproError, UserError
 from llamapro.expansion.record import RECORD_NAME, ExpansionRecord
-from llamapro.files.atomic import commit_folder, staging_path, write_atomic
+from llamapro.files.atomic import commit_folder, remove_tree, staging_path, write_atomic
 from llamapro.files.digests import xxh3_file
 from llamapro.files.disk import require_free_space
 from llamapro.files.manifest import FileEntry, Manifest, write_manifest
@@ -47,6 +52,29 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "safetensors")
 
 class SaveFailed(LlamaproError):
     """A checkpoint could not be written; older ones are intact, its space is freed. Raised on every rank alike."""
+
+
+@dataclass(frozen=True)
+class StagedSave:
+    """A checkpoint with a staging folder and nothing in it yet; the same on every rank but for the plan.
+
+    Attributes:
+        target: the folder that it becomes.
+        saved: its state.json.
+        plan: of this rank's file; its tensors are views of live state.
+    """
+
+    target: Path
+    staging: Path
+    saved: SavedState
+    record: ExpansionRecord | None
+    plan: RankFile
+    ranks: Ranks
+
+    @property
+    def rank_file(self) -> Path:
+        """Where this rank writes."""
+        return self.staging / rank_file_name(self.ranks.rank)
 
 
 def save_checkpoint(
@@ -71,6 +99,28 @@ def save_checkpoint(
     Raises:
         SaveFailed: naming each rank that failed and why.
     """
+    staged = stage_save(root, step, state, trainer_state, record, ranks)
+    written: FileEntry | OSError
+    try:
+        written = write_rank_file(staged.rank_file, staged.plan)
+    except OSError as error:
+        written = error
+    return commit_save(staged, written)
+
+
+def stage_save(
+    root: Path,
+    step: int,
+    state: TrainingState,
+    trainer_state: Mapping[str, JsonValue],
+    record: ExpansionRecord | None,
+    ranks: Ranks,
+) -> StagedSave:
+    """Begin a save: check the space, name its folders, lay out the files. Collective; arguments as `save_checkpoint`.
+
+    Raises:
+        SaveFailed: on every rank.
+    """
     saved = SavedState(
         format_version=FORMAT_VERSION,
         step=step,
@@ -82,8 +132,31 @@ def save_checkpoint(
     )
     plan = plan_rank_file(rank_file_name(ranks.rank), list(state.fragments()))
     target, staging = _open_staging(root, step, plan, ranks)
-    written = _write_shares(staging, plan, ranks)
-    return _commit(target, staging, saved, written, record, ranks)
+    return StagedSave(target, staging, saved, record, plan, ranks)
+
+
+def commit_save(staged: StagedSave, written: FileEntry | BaseException) -> Path:
+    """Make a staged checkpoint exist if every rank has written its file. Collective.
+
+    Args:
+        written: this rank's file, or why it could not be written.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        SaveFailed: on every rank, naming each that failed and why; nothing is left of the save.
+    """
+    shares = _gather_shares(staged, written)
+    index = _index(shares)
+    problem = staged.ranks.broadcast_json(_complete(staged, shares, index) if staged.ranks.rank == 0 else "")
+    if problem:
+        _abandon(staged)
+        raise SaveFailed(f"the checkpoint {staged.target.name} was not saved: {problem}")
+    if staged.ranks.rank == 0:
+        _point_at(staged.target)
+    staged.ranks.barrier()
+    return staged.target
 
 
 def _open_staging(root: Path, step: int, plan: RankFile, ranks: Ranks) -> tuple[Path, Path]:
@@ -107,50 +180,31 @@ def _open_staging(root: Path, step: int, plan: RankFile, ranks: Ranks) -> tuple[
     return Path(places[0]), Path(places[1])
 
 
-def _write_shares(staging: Path, plan: RankFile, ranks: Ranks) -> list[dict[str, Any]]:
-    """Every rank writes its file; returns all ranks' results, or raises on all of them."""
-    name = rank_file_name(ranks.rank)
-    result: dict[str, Any]
-    try:
-        entry = write_rank_file(staging / name, plan)
-        placed = [[name, shape, place.model_dump()] for name, shape, place in plan.placed]
-        result = {"file": name, "entry": entry.model_dump(), "placed": placed}
-    except OSError as error:
-        result = {"problem": str(error)}
-    results = ranks.all_gather_json(result)
-    failures = [f"rank {rank}: {r['problem']}" for rank, r in enumerate(results) if "problem" in r]
+def _gather_shares(staged: StagedSave, written: FileEntry | BaseException) -> list[dict[str, Any]]:
+    """What each rank has written and where its fragments lie in it; raises on all ranks when one has failed."""
+    share: dict[str, Any]
+    if isinstance(written, FileEntry):
+        placed = [[name, shape, place.model_dump()] for name, shape, place in staged.plan.placed]
+        share = {"file": staged.rank_file.name, "entry": written.model_dump(), "placed": placed}
+    else:
+        share = {"problem": str(written) if isinstance(written, OSError) else repr(written)}
+    shares = staged.ranks.all_gather_json(share)
+    failures = [f"rank {rank}: {s['problem']}" for rank, s in enumerate(shares) if "problem" in s]
     if failures:
-        _abandon(staging, ranks)
-        raise SaveFailed(f"the checkpoint {staging.name.split('.')[1]} was not saved: {'; '.join(failures)}")
-    return results
+        _abandon(staged)
+        raise SaveFailed(f"the checkpoint {staged.target.name} was not saved: {'; '.join(failures)}")
+    return shares
 
 
-def _commit(
-    target: Path,
-    staging: Path,
-    saved: SavedState,
-    written: list[dict[str, Any]],
-    record: ExpansionRecord | None,
-    ranks: Ranks,
-) -> Path:
-    """Rank 0 completes the folder, makes it exist by one rename and moves the pointer; the others wait for the word."""
-    index = _index(written)
-    problem = ""
-    if ranks.rank == 0:
-        try:
-            files = {result["file"]: FileEntry.model_validate(result["entry"]) for result in written}
-            _write_json_files(staging, files, saved, index, record)
-            commit_folder(staging, target)
-        except OSError as error:
-            problem = str(error)
-    problem = ranks.broadcast_json(problem)
-    if problem:
-        _abandon(staging, ranks)
-        raise SaveFailed(f"the checkpoint {target.name} was not saved: {problem}")
-    if ranks.rank == 0:
-        _point_at(target)
-    ranks.barrier()
-    return target
+def _complete(staged: StagedSave, shares: list[dict[str, Any]], index: Index) -> str:
+    """Write what rank 0 writes and make the folder exist by one rename; returns why not, empty when it exists."""
+    try:
+        files = {share["file"]: FileEntry.model_validate(share["entry"]) for share in shares}
+        _write_json_files(staged.staging, files, staged.saved, index, staged.record)
+        commit_folder(staged.staging, staged.target)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _point_at(target: Path) -> None:
@@ -191,10 +245,15 @@ def _index(written: list[dict[str, Any]]) -> Index:
     return Index(parameters=parameters)
 
 
-def _abandon(staging: Path, ranks: Ranks) -> None:
-    """Free the disk space of a failed save. What can't be removed is cleared at the next start."""
-    if ranks.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+def _abandon(staged: StagedSave) -> None:
+    """Free the disk space of a failed save. What can't be removed is cleared at the next start.
+
+    The target is there when it was renamed and its name could not be made durable.
+    """
+    if staged.ranks.rank == 0:
+        shutil.rmtree(staged.staging, ignore_errors=True)
+        with suppress(OSError):
+            remove_tree(staged.target)
 
 
 def _json(value: object) -> bytes:

@@ -2,12 +2,13 @@
 
 from llamapro import console
 from llamapro.data.loader import Prefetcher
-from llamapro.errors import RetryLater
+from llamapro.errors import CheckFailed
 from llamapro.training.batches import planned_work
 from llamapro.training.log_line import StepMeasures, StepTimer, source_values, step_line
 from llamapro.training.progress import Progress, StepOutcome
 from llamapro.training.proof import prove_frozen_weights, prove_identity
 from llamapro.training.randomness import seed_step
+from llamapro.training.rollback import calls_for_rollback, roll_back
 from llamapro.training.saving import Saver
 from llamapro.training.schedule import learning_rate
 from llamapro.training.session import Session, StopAsked
@@ -25,8 +26,13 @@ def train(session: Session, progress: Progress) -> Progress:
         RetryLater: a stop was asked for; the state is saved, the same command continues.
         CheckFailed: a guard stopped the run.
     """
-    saver, timer = Saver(session, progress), StepTimer()
     prove_frozen_weights(session)
+    with Saver(session, progress) as saver:
+        return _train(session, progress, saver)
+
+
+def _train(session: Session, progress: Progress, saver: Saver) -> Progress:
+    timer = StepTimer()
     try:
         if progress.step == 0:
             prove_identity(session)
@@ -39,16 +45,26 @@ def train(session: Session, progress: Progress) -> Progress:
                 outcome = run_step(session, work, rate)
                 progress = progress.after(outcome, session.config.batch.global_sequences)
                 _log(session, progress, outcome, timer, fetched.take_wait_seconds())
-                session.guard.check_limit()
+                _check_guard(session, saver)
+                if calls_for_rollback(session, outcome):
+                    saver.complete()  # which checkpoint is the last must not depend on how fast the disk is
+                    progress = roll_back(session, progress, outcome)
                 progress = validate_if_due(session, progress)
-                if saver.due(progress):
-                    saver.save(progress)
+                saver.after_step(progress)
                 timer.restart()
-        saver.save(progress)
+        saver.finish(progress)
     except StopAsked as stop:
-        saver.save(progress)
-        raise RetryLater(f"{stop}: stopped after step {progress.step}; the same command continues from there") from stop
+        raise saver.stop(progress, str(stop)) from stop
     return progress
+
+
+def _check_guard(session: Session, saver: Saver) -> None:
+    """Stop a run that only skips, on all ranks alike; what is being saved is completed first."""
+    try:
+        session.guard.check_limit()
+    except CheckFailed:
+        saver.complete()
+        raise
 
 
 def _log(session: Session, progress: Progress, outcome: StepOutcome, timer: StepTimer, wait_seconds: float) -> None:

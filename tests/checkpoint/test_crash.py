@@ -6,9 +6,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from llamapro.checkpoint.background import BackgroundSave
 from llamapro.checkpoint.discover import find_checkpoint, prune
 from llamapro.checkpoint.restore import load_checkpoint
+from llamapro.checkpoint.save import stage_save
+from llamapro.checkpoint.snapshot import SnapshotMemory
 from llamapro.ranks import Ranks
 from tests.support.checkpoint import SlicedState, gathered, random_values, same_values, save_solo
 from tests.support.file_operations import DurabilityRules, killed_at, observed
@@ -58,6 +62,24 @@ def test_a_kill_at_any_operation_of_a_save_and_its_pruning(tmp_path: Path) -> No
         found.append(check_run(run, seeds))
         save_solo(run / "checkpoints", 30, seed=3)
         assert check_run(run, seeds) == 30
+    assert found == sorted(found, key=lambda step: step or 0) and set(found) == {10, 20}
+    assert len(found) > 30, "operations were seen"
+
+
+def test_a_kill_at_any_operation_of_a_save_in_the_background(tmp_path: Path) -> None:
+    """The thread's operations are among those at which the whole process is killed."""
+    prepared = tmp_path / "prepared"
+    save_solo(prepared / "checkpoints", 10, seed=1)
+
+    def save_and_prune(run: Path) -> None:
+        state = SlicedState(random_values(2))
+        staged = stage_save(run / "checkpoints", 20, state, {"step": 20}, None, Ranks.solo())
+        save = BackgroundSave(staged, SnapshotMemory.for_state(state))
+        state.load(lambda name, key, start, count: torch.full((count,), 7.0), optimizer_steps=1)
+        save.commit()
+        prune(run / "checkpoints", keep=1, keep_every_steps=None)
+
+    found = [check_run(run, {10: 1, 20: 2}) for _, run, _ in sweep(tmp_path, prepared, save_and_prune)]
     assert found == sorted(found, key=lambda step: step or 0) and set(found) == {10, 20}
     assert len(found) > 30, "operations were seen"
 

@@ -15,6 +15,7 @@ from llamapro.checkpoint.discover import find_checkpoint
 from llamapro.checkpoint.folder import open_checkpoint
 from llamapro.checkpoint.layout import pointer_path
 from llamapro.checkpoint.save import SaveFailed, save_checkpoint
+from llamapro.files import atomic
 from llamapro.ranks import Ranks
 from tests.support.checkpoint import SHAPES, SlicedState, on_threads, random_values, save_solo, tiny_record
 
@@ -134,6 +135,25 @@ def test_an_error_while_rank_0_commits_aborts_everywhere(
     assert [str(error) for error in errors] == [
         f"the checkpoint step-00000020 was not saved: [Errno {errno.EIO}] Input/output error"
     ] * 2
+    assert contents(tmp_path) == before
+
+
+def test_a_rename_that_could_not_be_made_durable_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "checkpoints"
+    save_on(2, root, 10)
+    before, fsync = contents(tmp_path), atomic.fsync_folder
+    failed = []
+
+    def fail_once(path: Path) -> None:
+        if path == root and not failed:
+            failed.append((root / "step-00000020").exists())
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(path)
+
+    monkeypatch.setattr(atomic, "fsync_folder", fail_once)
+    errors = save_on(2, root, 20)
+    assert failed == [True], "the fault came after the rename"
+    assert [type(error) for error in errors] == [SaveFailed, SaveFailed]
     assert contents(tmp_path) == before
 
 
