@@ -1,7 +1,7 @@
 """Environment variables that torch and DeepSpeed read on import, set from what the launcher and the machine say.
 
 Called first thing by every training front, before torch is imported; needs nothing but the standard library. A
-variable that is already set is the user's choice and stays.
+variable that is already set is the user's choice and stays, but for the one that keeps pickles from being run.
 """
 
 import importlib.util
@@ -21,6 +21,8 @@ DEFAULT_PORT = 29500
 
 def prepare_environment() -> None:
     """Make rank variables, accelerator, threads per rank, network interface and extensions folder explicit."""
+    # DeepSpeed's loaders ask torch for full pickles, which can run code. Not a choice: nothing here needs them.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _adopt_launcher_variables()
     if not cuda_possible():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

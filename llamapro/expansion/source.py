@@ -38,7 +38,7 @@ COMPANION_PATTERNS = (
 )
 # Their names begin so, in any case, when they state terms.
 TERMS = ("license", "licence", "notice", "use_policy")
-NEVER_FETCHED = (".py", ".pt", ".pth", ".pkl", ".ckpt")
+NEVER_FETCHED = (".py", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib")
 NEVER_COPIED = (*NEVER_FETCHED, ".bin", ".safetensors", ".gguf")
 ONLY_PICKLES = (
     "holds its weights as pickles (.bin), which can run code when loaded; take a safetensors version of the model, or "
