@@ -125,6 +125,8 @@ class NamedState:
         if not self._stage3:
             zero.update_lp_params()
             return
+        # Small parameters are whole on every rank once they were used, and those DeepSpeed would not gather again.
+        zero._partition_all_parameters()
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
