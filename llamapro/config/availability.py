@@ -57,7 +57,6 @@ UNAVAILABLE: Final = (
     Unavailable("model.trainable", _among("lora"), "use new, last-added, all or a list of block ids"),
     Unavailable("objective.replay_kl", lambda weight: weight > 0, "use 0.0"),
     Unavailable("engine.offload", _among("optimizer"), "use none; zero_stage 2 and 3 split the optimizer over ranks"),
-    Unavailable("guards.spike", _among("rollback"), "use skip or off"),
     Unavailable("guards.retention", lambda guard: guard is not None, "leave it null and watch the validation losses"),
     Unavailable("logging.trackers", lambda names: not set(names) <= {"tensorboard"}, "use [tensorboard] or []"),
 )

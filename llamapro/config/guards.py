@@ -22,17 +22,19 @@ class GuardsConfig(Section):
     """What stops a run that goes wrong."""
 
     spike: Literal["skip", "rollback", "off"] = "skip"
-    """What to do with a step whose loss or gradient norm is an outlier: skip it, rollback to the last good checkpoint
-    and skip those batches, or off. Steps with a non-finite loss or gradient are always skipped."""
+    """What to do with a step whose loss or gradient norm is an outlier. skip: leave out its update. rollback: also undo
+    the updates since the last checkpoint of checkpoint.every_steps; training goes on after the outlier, so the steps
+    and sequences since that checkpoint count as skipped, and before the first one a spike is only skipped. off: train
+    on it. Steps with a non-finite loss or gradient are always skipped."""
 
     spike_sigma: Positive = 6.0
     """Standard deviations above the recent mean that make an outlier."""
 
     spike_window_steps: Count = 128
-    """Optimizer steps that count as recent; nothing is an outlier until there are as many."""
+    """Optimizer steps that count as recent; nothing is an outlier until half as many are known."""
 
     max_skipped_in_a_row: Count = 10
-    """Skipped steps in a row after which the run stops with exit code 1."""
+    """Skipped steps in a row, or rollbacks to the same checkpoint, after which the run stops with exit code 1."""
 
     retention: RetentionGuard | None = None
     """Bound on forgetting; null: none."""

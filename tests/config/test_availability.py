@@ -12,7 +12,6 @@ REFUSED: dict[str, list[Any]] = {
     "model.trainable": ["lora"],
     "objective.replay_kl": [0.1],
     "engine.offload": ["optimizer"],
-    "guards.spike": ["rollback"],
     "guards.retention": [{"set": "law"}],
     "logging.trackers": [["wandb"], ["tensorboard", "mlflow"]],
 }
@@ -22,7 +21,7 @@ HONOURED: dict[str, list[Any]] = {
     "engine.activation_memory_gib": ["auto", "unlimited", 10, 2.5],
     "engine.attention": ["auto", "flash", "cudnn", "sdpa", "math"],
     "engine.compile": ["auto", "on", "off"],
-    "guards.spike": ["skip", "off"],
+    "guards.spike": ["skip", "rollback", "off"],
     "logging.trackers": [["tensorboard"], []],
 }
 # What has to stand beside a value so that no rule between fields is broken.
