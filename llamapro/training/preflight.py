@@ -149,6 +149,7 @@ def show_plan(config: RunConfig, facts: Facts) -> None:
         ("micro-batch", f"{facts.micro_sequences} sequences, {facts.accumulation_steps} per step and rank"),
         ("GFLOP per token", f"{facts.flops.model / 1e9:.3f} (forward and backward, only what learns)"),
         ("recomputed", recomputation(facts.job, facts.recomputed)),
+        ("host memory of a save", f"{gib(facts.memory.optimizer)} GiB per rank, for as long as the run lasts"),
         *((f"source {name}", f"{data.split('train').tokens:,} tokens") for name, data in facts.sources.items()),
         *((f"held out {name}", f"{d.split('heldout').tokens:,} tokens") for name, d in facts.validation_sets.items()),
     ]

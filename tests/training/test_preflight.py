@@ -1,5 +1,6 @@
 """Facts about model, data and ranks are checked before anything starts, all problems at once."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llamapro.data.tokenizer_identity import tokenizer_identity
 from llamapro.errors import ConfigError, UserError
 from llamapro.expansion.expand import expand
 from llamapro.planning.memory import GIB
+from llamapro.planning.tables import gib as in_gib
 from llamapro.training.device import Device, cpu_device
 from llamapro.training.preflight import Facts, check_facts, show_plan
 from llamapro.training.tokenizer import model_tokenizer_identity
@@ -391,7 +393,9 @@ def test_a_stated_number_of_bytes_is_kept_by_recomputing_blocks(
     facts = facts_of(config)
     assert facts.recomputed and facts.memory.activations <= 0.6 * needed * GIB
     show_plan(config, facts)
-    assert f"{len(facts.recomputed)} of 4 blocks, +" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{len(facts.recomputed)} of 4 blocks, +" in shown
+    assert re.search(rf"host memory of a save.*{re.escape(in_gib(facts.memory.optimizer))} GiB per rank", shown)
     with pytest.raises(UserError, match="engine.activation_memory_gib: .* can't hold the activations of 4 × 64 tokens"):
         facts_of(limited(0.01 * needed))
 

@@ -18,6 +18,7 @@ import pytest
 from llamapro.checkpoint import background
 from llamapro.checkpoint.rank_file import write_rank_file
 from llamapro.checkpoint.save import save_checkpoint
+from llamapro.checkpoint.snapshot import SnapshotMemory
 from llamapro.errors import CheckFailed
 from llamapro.files.manifest import FileEntry
 from llamapro.ranks import Ranks
@@ -81,6 +82,11 @@ def test_a_slow_writer_stops_no_step_and_saves_the_step_it_began_with(
     assert state_digest(folder / "slow") == state_digest(folder / "undisturbed")
     assert re.search(r"saves are written in the background from \d.* GiB of host memory per rank", pool.output())
     assert re.search(r"saved \S+step-00000004 in \d+\.\d s; training stood still for \d+\.\d\d s of it", pool.output())
+
+
+def test_the_plan_says_how_much_host_memory_all_ranks_take(folder: Path, pool: WorkerPool) -> None:
+    both = pool.run(_planned_and_taken_bytes, run_settings(folder, "planned"))
+    assert sum(planned for planned, _ in both) == sum(taken for _, taken in both) > 0
 
 
 def test_a_due_save_waits_for_the_one_that_is_written(folder: Path, pool: WorkerPool) -> None:
@@ -182,6 +188,11 @@ def _kill_and_resume(folder: Path, pool: WorkerPool, undisturbed: list[dict[str,
 
 def _of(run: Path, step: int, name: str) -> bytes:
     return (run / "checkpoints" / f"step-{step:08d}" / name).read_bytes()
+
+
+def _planned_and_taken_bytes(ranks: Ranks, values: dict[str, Any]) -> tuple[float, int]:
+    session, _ = open_run(ranks, values)
+    return session.facts.memory.optimizer, SnapshotMemory.for_state(session.engine).nbytes
 
 
 def _train_with_slow_writer(
