@@ -51,28 +51,28 @@ def prepare_blocks(blocks: nn.ModuleList, trainable: TrainableSet) -> None:
 @contextmanager
 def bypass(blocks: nn.ModuleList, indices: Iterable[int]) -> Iterator[None]:
     """While it lasts, these blocks pass their residual stream straight on; nested uses add up."""
-    chosen = [blocks[index] for index in indices]
-    before = [block.bypassed for block in chosen]
-    for block in chosen:
-        block.bypassed = True  # type: ignore[assignment]
-    try:
+    with _set_for_now([blocks[index] for index in indices], "bypassed", True):
         yield
-    finally:
-        for block, state in zip(chosen, before, strict=True):
-            block.bypassed = state
 
 
 @contextmanager
 def uncompiled(blocks: nn.ModuleList) -> Iterator[None]:
     """While it lasts, all blocks run operation by operation."""
-    before = [block.compiled for block in blocks]
+    with _set_for_now(list(blocks), "compiled", None):
+        yield
+
+
+@contextmanager
+def _set_for_now(blocks: list[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """While it lasts, an attribute of these blocks has this value."""
+    before = [getattr(block, name) for block in blocks]
     for block in blocks:
-        block.compiled = None  # type: ignore[assignment]
+        setattr(block, name, value)
     try:
         yield
     finally:
-        for block, compiled in zip(blocks, before, strict=True):
-            block.compiled = compiled
+        for block, state in zip(blocks, before, strict=True):
+            setattr(block, name, state)
 
 
 class _KindOfBlock:

@@ -77,7 +77,8 @@ def _compile_blocks(blocks: nn.ModuleList) -> None:
     compiled: dict[type, Callable[..., Any]] = {}
     for block in blocks:
         own = without_kind(type(block))
-        compiled.setdefault(own, torch.compile(own.forward, dynamic=False))
+        if own not in compiled:
+            compiled[own] = torch.compile(own.forward, dynamic=False)
         block.compiled = compiled[own]  # type: ignore[assignment]
 
 
