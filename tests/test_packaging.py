@@ -82,6 +82,7 @@ def test_what_the_makefile_installs_is_pinned() -> None:
 
 
 def test_system_packages_are_named_once() -> None:
-    lines = (ROOT / "apt-packages.txt").read_text().splitlines()
+    files = ("apt-packages.txt", "apt-packages-cluster.txt")
+    lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
     assert len(lines) == len(set(lines))
     assert all(re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", line) for line in lines)
