@@ -3,8 +3,10 @@
 Speed is in tokens per second of processor time, of all processes together and from the first import to the last byte:
 what one core does, also where the machine is shared. What a build does once, whatever its size (tests the tokenizer
 library, opens it), is taken off by a build of a tenth of the documents: the rest of them is read, encoded, shuffled and
-written at the speed of "build, the start taken off". Ten times the corpus shows whether memory grows; each repetition
-has every 20th word changed, so that nothing is met again as a whole, which also makes it slower to encode.
+written at the speed of "build, the start taken off". The corpus is larger than a work unit and a shard (64 and 256 MiB
+of text), so that memory is at its full size; ten times the corpus, built once, shows whether it grows further. Both
+repeat the documents; each repetition has every 20th word changed, so that nothing is met again as a whole, which also
+makes it slower to encode.
 
 Texts and tokenizers come from packages, for instance (licences: GPL-2+, PSF, Apache-2.0, MIT):
 
@@ -36,7 +38,8 @@ from llamapro.data.manifest import read_dataset_manifest
 from llamapro.files.atomic import write_atomic
 
 DOCUMENT_CHARACTERS = 4000
-REPETITIONS = 10
+CORPUS_BYTES = 300 << 20
+LARGE_FACTOR = 10
 VARIED_WORD = 20
 LOOP, BUILD, STEADY = "per-document loop", "build", "build, the start taken off"
 BUILD_TENTH, BUILD_LARGE, BUILD_TWO = "build of a tenth", "build of 10 ×", "build of 10 ×, 2 workers"
@@ -82,18 +85,17 @@ def varied(text: str, repetition: int) -> str:
 def write_corpora(place: Place, texts: list[Path]) -> int:
     """Write the corpus, a tenth of its documents, and ten times as much; returns the number of documents in it."""
     found = list(documents(texts))
-    write_documents(place.corpus, found)
-    write_documents(place.tenth, found[::10])
-    with place.large.open("wb") as large:
-        for repetition in range(REPETITIONS):
-            for text in found:
-                large.write(orjson.dumps({"text": varied(text, repetition) if repetition else text}) + b"\n")
-    return len(found)
-
-
-def write_documents(path: Path, texts: list[str]) -> None:
-    """Write JSON lines."""
-    path.write_bytes(b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts))
+    repetitions = -(-CORPUS_BYTES // sum(len(text.encode()) for text in found))
+    with place.corpus.open("wb") as corpus, place.tenth.open("wb") as tenth, place.large.open("wb") as large:
+        for repetition in range(repetitions * LARGE_FACTOR):
+            for index, text in enumerate(found):
+                line = orjson.dumps({"text": varied(text, repetition) if repetition else text}) + b"\n"
+                large.write(line)
+                if repetition < repetitions:
+                    corpus.write(line)
+                    if index % 10 == 0:
+                        tenth.write(line)
+    return len(found) * repetitions
 
 
 def run_build(place: Place, source: Path, tokenizer: Path, workers: int) -> Outcome:
@@ -130,19 +132,21 @@ def outcome(tokens: int, measurement: Measurement) -> Outcome:
 
 
 def run_rounds(place: Place, tokenizer: Path, rounds: int) -> dict[str, list[Outcome]]:
-    """Every contestant in every round, in an order that turns."""
+    """Every contestant in every round, in an order that turns; the large builds once, behind them."""
     contestants = {
         LOOP: lambda: run_loop(place, tokenizer),
         BUILD: lambda: run_build(place, place.corpus, tokenizer, 1),
         BUILD_TENTH: lambda: run_build(place, place.tenth, tokenizer, 1),
+    }
+    large = {
         BUILD_LARGE: lambda: run_build(place, place.large, tokenizer, 1),
         BUILD_TWO: lambda: run_build(place, place.large, tokenizer, 2),
     }
-    found: dict[str, list[Outcome]] = {name: [] for name in contestants}
+    found: dict[str, list[Outcome]] = {name: [] for name in contestants | large}
     order = list(contestants)
     for number in range(rounds):
-        for name in order:
-            result = contestants[name]()
+        for name in order + (list(large) if number == rounds - 1 else []):
+            result = (contestants | large)[name]()
             found[name].append(result)
             speed = result["tokens"] / result["cpu_seconds"] / 1e6
             console.info(f"round {number + 1}: {name}: {result['seconds']:.1f} s, {speed:.2f} M tokens/s per core")
@@ -163,11 +167,11 @@ def speeds(outcomes: dict[str, list[Outcome]]) -> dict[str, list[float]]:
 
 
 def summary(outcomes: dict[str, list[Outcome]]) -> list[list[str]]:
-    """The rows of one table: medians, and medians of the ratios to the loop of the same round."""
+    """The rows of one table: medians, and medians of the ratios to the loop of the same (last) rounds."""
     rows = []
     found = speeds(outcomes)
     for name, values in found.items():
-        ratio = median(own / loop for own, loop in zip(values, found[LOOP], strict=True))
+        ratio = median(own / loop for own, loop in zip(values, found[LOOP][-len(values) :], strict=True))
         runs = outcomes.get(name)
         seconds = f"{median(run['seconds'] for run in runs):.1f}" if runs else ""
         peak = f"{max(run['peak_bytes'] for run in runs) / (1 << 20):,.0f}" if runs else ""
