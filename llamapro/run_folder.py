@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "STOP"
 
     @property
+    def restarts_file(self) -> Path:
+        """How often a batch job queued again without a newer checkpoint, as JSON."""
+        return self.path / "restarts.json"
+
+    @property
     def report_file(self) -> Path:
         """The run's report, one HTML page."""
         return self.path / "report.html"

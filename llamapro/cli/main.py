@@ -24,6 +24,8 @@ COMMANDS = {
     "report": "write a run's report as one HTML page",
     "checkpoint": "list, verify and prune a run's checkpoints",
     "stop": "ask a run to save and stop",
+    "slurm": "write a batch script for Slurm",
+    "requeue": "for batch scripts: whether a job that ended with 75 may queue again",
 }
 
 
