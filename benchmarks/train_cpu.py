@@ -47,7 +47,7 @@ MIB = 1 << 20
 def run_once(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train with one system in a new process; returns what it measured."""
     command = [sys.executable, "-m", "benchmarks.train_systems", name, str(arguments.work), str(folder)]
-    options = {"rows": arguments.rows, "length": arguments.length, "steps": arguments.steps, "warmup": arguments.warmup}
+    options = {name: getattr(arguments, name) for name in ("rows", "length", "steps", "warmup")}
     done = subprocess.run([*command, json.dumps(options)], check=True, stdout=subprocess.PIPE)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

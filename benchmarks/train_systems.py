@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -42,7 +42,7 @@ data:
     hpo: {{path: {work}/data/hpo, weight: 1}}
     wiki: {{path: {work}/data/wiki, weight: 1}}
 validation: {{sequences: 1}}
-batch: {{global_sequences: {rows}, micro_sequences: {rows}}}
+batch: {{global_sequences: {rows}, micro_sequences: {micro}}}
 schedule: {{steps: 100, learning_rate: 1e-4}}
 engine: {{zero_stage: 1, precision: bf16, compile: "{compile}"}}
 """
@@ -50,12 +50,17 @@ engine: {{zero_stage: 1, precision: bf16, compile: "{compile}"}}
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to train: packed rows of a step and their tokens, timed steps, and steps before those."""
+    """How much to train: packed rows of a step and their tokens, timed steps, and steps before those.
+
+    Attributes:
+        micro: rows of a micro-batch of ours; "auto": as the planner chooses.
+    """
 
     rows: int
     length: int
     steps: int
     warmup: int
+    micro: int | Literal["auto"] = "auto"
 
 
 class Clock:
@@ -115,6 +120,19 @@ def joined(parts: tuple[Batch, ...]) -> Batch:
         sources=np.concatenate([part.sources for part in parts]),
         valid_tokens=sum(part.valid_tokens for part in parts),
     )
+
+
+def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch in parts of so many rows."""
+    for low in range(0, batch.rows, rows):
+        labels = batch.labels[low : low + rows]
+        yield Batch(
+            input_ids=batch.input_ids[low : low + rows],
+            labels=labels,
+            position_ids=batch.position_ids[low : low + rows],
+            sources=batch.sources[low : low + rows],
+            valid_tokens=int((labels >= 0).sum()),
+        )
 
 
 def documents(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -237,20 +255,26 @@ def run_ours(work: Path, folder: Path, settings: Settings, compile_blocks: str) 
     path = folder / "run.yaml"
     path.write_text(
         RUN.format(
-            folder=folder, work=work.resolve(), rows=settings.rows, length=settings.length, compile=compile_blocks
+            folder=folder,
+            work=work.resolve(),
+            rows=settings.rows,
+            length=settings.length,
+            micro=settings.micro,
+            compile=compile_blocks,
         )
     )
     config: RunConfig = load_config(path)
     facts = check_facts(config, "pretrain", 1)
     ranks = start_ranks(config.engine)
     before = resident_bytes()
-    engine = start_engine(config, facts, ranks, 1).engine
+    engine = start_engine(config, facts, ranks, facts.accumulation_steps).engine
     # The optimizer's state is made along with the model: it counts as above it.
     clock = Clock(before + sum(parameter.nbytes for parameter in engine.model.parameters()))
     for batch in batches(work, settings):
-        inputs, _ = to_device(batch, ranks.device)
         clock.begin()
-        engine.backward(engine.forward_loss(*inputs).loss_sum, batch.valid_tokens)
+        for part in micro_batches(batch, facts.micro_sequences):
+            inputs, _ = to_device(part, ranks.device)
+            engine.backward(engine.forward_loss(*inputs).loss_sum, batch.valid_tokens)
         engine.step(LEARNING_RATE)
         clock.end()
     engine.close()

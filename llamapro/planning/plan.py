@@ -27,7 +27,7 @@ FP8_STAGES: Final = (1, 2)
 # Kept free for fragmentation, workspaces of libraries, NCCL and the device's own needs.
 RESERVED_FRACTION: Final = 0.1
 # On CPUs larger micro-batches gain nothing and cost memory.
-CPU_MICRO_TOKENS: Final = 2048
+CPU_MICRO_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True)
