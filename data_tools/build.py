@@ -14,14 +14,18 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from data_tools.chat.detect import resolve_format
+from data_tools.chat.library import chat_options
+from data_tools.chat.options import ChatFormat, ChatOptions
 from data_tools.decontaminate import LEAST_WORDS, EvaluationIndex
 from data_tools.encode import encode_unit
 from data_tools.encoded import Encoded
+from data_tools.encoders import TokenizersEncoder
 from data_tools.fim import fim_options
-from data_tools.inputs import find_inputs, plan_units
+from data_tools.inputs import find_inputs, plan_units, with_text_column
 from data_tools.parity import choose_library
 from data_tools.places import require_shared_files
-from data_tools.plan import BUILD_FORMAT, BuildPlan, ContentOptions, shard_count
+from data_tools.plan import BUILD_FORMAT, BuildPlan, ContentOptions, TokenizerFacts, shard_count
 from data_tools.pool import StartPool, WorkerPool, worker_pool
 from data_tools.readers import Document, Item, Reject, read_unit
 from data_tools.rejects import require_few_rejects
@@ -76,7 +80,9 @@ def _build(
 ) -> DatasetManifest:
     work.adopt(plan)
     folder = plan.tokenizer_folder
-    library = choose_library(tokenizer_file(folder), samples, special_texts(folder))
+    path = tokenizer_file(folder)
+    chat = plan.options.chat is not None
+    library = TokenizersEncoder.library if chat else choose_library(path, samples, special_texts(folder))
     with start_pool(request.workers) as pool:
         require_shared_files(work, plan, pool)
         entries = _encode_all(work, plan, library, pool)
@@ -102,6 +108,13 @@ def make_plan(request: BuildRequest) -> BuildPlan:
     """Decide everything about a build before it starts."""
     folder = locate_tokenizer(request.tokenizer)
     tokenizer = read_tokenizer(folder)
+    files = find_inputs(request.inputs, None)
+    form = resolve_format(request.chat.format, files, request.text_field)
+    if form is None:
+        files = with_text_column(files, request.text_field)
+    chat = _chat_options(request, form, folder, tokenizer)
+    if chat is not None:  # the template itself writes BOS and EOS
+        tokenizer = tokenizer.model_copy(update={"bos_inserted": False, "eos_inserted": False})
     options = ContentOptions(
         text_field=request.text_field,
         split=request.split,
@@ -109,8 +122,8 @@ def make_plan(request: BuildRequest) -> BuildPlan:
         fim=fim_options(request.fim, token_ids(folder), request.tokenizer) if request.fim.rate else None,
         dedup=request.dedup,
         contaminated=request.contaminated if request.decontaminate else "unchecked",
+        chat=chat,
     )
-    files = find_inputs(request.inputs, request.text_field)
     shards = shard_count(sum(file.text_bytes for file in files))
     return BuildPlan(
         build_format=BUILD_FORMAT,
@@ -122,6 +135,18 @@ def make_plan(request: BuildRequest) -> BuildPlan:
         evaluation_files=find_inputs(request.decontaminate, None, "--decontaminate") if request.decontaminate else (),
         shards={"train": shards, "heldout": math.ceil(shards * options.heldout)},
     )
+
+
+def _chat_options(
+    request: BuildRequest, form: ChatFormat | None, folder: Path, tokenizer: TokenizerFacts
+) -> ChatOptions | None:
+    if form is None:
+        if ignored := request.chat.ignored_by_text():
+            console.warning(f"{', '.join(ignored)} has no effect: the inputs hold text, not conversations")
+        return None
+    if request.fim.rate:
+        raise UserError(f"--fim-rate {request.fim.rate:g} is for text, and the inputs hold conversations ({form})")
+    return chat_options(request.chat, form, folder, tokenizer)
 
 
 def _already_built(request: BuildRequest, plan: BuildPlan) -> DatasetManifest:
@@ -193,15 +218,15 @@ def _sampled_texts(plan: BuildPlan) -> list[str]:
         items = read_unit(unit, plan.files[unit.file], plan.options)
         texts.extend(_limited(usable(items), SAMPLED_DOCUMENTS // len(units), SAMPLED_BYTES // len(units)))
     if not texts:
-        raise DataError(f"the inputs hold no usable document: {_as_text(reasons)}")
+        raise DataError(f"the inputs hold no usable document: {_as_text(reasons, plan.options)}")
     return texts
 
 
-def _as_text(reasons: Counter[str]) -> str:
+def _as_text(reasons: Counter[str], options: ContentOptions) -> str:
     if not reasons:
         return "they are empty"
     counted = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
-    return f"{counted}. Name the right --text-field, or correct the inputs"
+    return f"{counted}. Name the right {options.flag_of_rows}, or correct the inputs"
 
 
 def _limited(texts: Iterator[str], count: int, characters: int) -> Iterator[str]:

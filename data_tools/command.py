@@ -9,14 +9,18 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.build import build_dataset
+from data_tools.chat.library import template_names
+from data_tools.chat.options import INPUT_FORMATS, LOSS_ON, MODEL_TEMPLATE, ChatRequest
 from data_tools.decontaminate import CONTAMINATED
 from data_tools.fim import FimRequest
+from data_tools.inspect import learned_of, samples_of
 from data_tools.mpi import launched_ranks, run_under_mpi
 from data_tools.pool import StartPool, usable_cores, worker_pool
 from data_tools.request import BuildRequest
 from data_tools.sealing import REJECTS_NAME
 from data_tools.work import CONTAMINATION_NAME
 from llamapro import console
+from llamapro.data.dataset import Dataset
 from llamapro.data.manifest import DatasetManifest
 
 SECONDS_TO_SPEAK = 10
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", required=True, metavar="MODEL", help="model folder or hub id")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset's folder")
+    _add_chat_arguments(parser)
     parser.add_argument("--text-field", default="text", help="JSON field or parquet column (default: %(default)s)")
     parser.add_argument(
         "--split",
@@ -89,6 +94,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=usable_cores() if launched_ranks() == 1 else 1,
         metavar="N",
         help="processes; under mpiexec, of each rank (default: the cores; under mpiexec 1; here %(default)s)",
+    )
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format",
+        choices=INPUT_FORMATS,
+        default="auto",
+        help="what a row is: text, or a conversation in one of these forms (default: found by looking)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        default=MODEL_TEMPLATE,
+        metavar="TEMPLATE",
+        help=f"how conversations become text: model (its own), {', '.join(template_names())}, or a Jinja file "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loss-on",
+        choices=LOSS_ON,
+        default="assistant",
+        help="what is learned of conversations: the assistant's messages, the last of them, or all tokens "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=None, metavar="N", help="cut longer conversations (default: none is cut)"
     )
 
 
@@ -140,6 +171,7 @@ def _build(arguments: argparse.Namespace, start_pool: StartPool) -> int:
         dedup=arguments.dedup,
         decontaminate=tuple(arguments.decontaminate),
         contaminated=arguments.contaminated,
+        chat=ChatRequest(arguments.format, arguments.chat_template, arguments.loss_on, arguments.max_tokens),
         fim=FimRequest(arguments.fim_rate, arguments.fim_spm_rate, tuple(arguments.fim_tokens), arguments.fim_variant),
     )
     start = time.monotonic()
@@ -166,10 +198,21 @@ def _show_built(output: Path, manifest: DatasetManifest, seconds: float) -> None
     for reason, count in manifest.rejects.items():
         listed = output / (CONTAMINATION_NAME if reason == CONTAMINATED else REJECTS_NAME)
         console.warning(f"{count:,} rows were left out: {reason} (listed in {listed})")
+    if "chat_template" in manifest.options:
+        _show_conversations(output)
     if manifest.splits["heldout"].documents == 0:
         console.warning(f"{output} has no held-out documents, so it can't be validated on; raise --heldout")
     tokens = sum(split.tokens for split in manifest.splits.values())
     console.info(f"{tokens:,} tokens in {seconds:.1f} s; fingerprint {manifest.fingerprint[:16]}")
+
+
+def _show_conversations(output: Path) -> None:
+    """Show what is learned of conversations, with one of them as an example."""
+    dataset = Dataset.open(output)
+    for label, value in learned_of(dataset):
+        console.result(f"{label}: {value}")
+    for sample in samples_of(dataset, 1)[:1]:
+        console.result(f"\nfor example {sample.file}, row {sample.row + 1}:\n{sample.shown()}\n")
 
 
 def show_splits(output: Path, manifest: DatasetManifest) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_tools.parquet import row_values
 from data_tools.plan import ContentOptions, InputFile, WorkUnit
-from data_tools.readers import Document, Reject, read_lines, read_unit
+from data_tools.readers import Document, Reject, read_lines, read_objects, read_unit
 from data_tools.streams import open_stream
 from llamapro.data.arrays import AnyArray, IntArray
 from llamapro.data.permutation import mix
@@ -149,6 +149,12 @@ def evaluation_texts(file: InputFile) -> Iterator[tuple[int, list[str]]]:
     """
     if file.format == "parquet":
         yield from ((row, _strings(values)) for row, values in enumerate(row_values(file.path)))
+    elif file.format == "json":
+        unit = WorkUnit(index=0, file=0, start=0, stop=None, first_row=0, text_bytes=file.text_bytes)
+        for row, value in read_objects(unit, file):
+            if isinstance(value, Reject):
+                raise DataError(f"--decontaminate {file.path}:{row + 1}: {value.reason}; correct it")
+            yield row, _strings(value)
     elif file.format == "jsonl":
         with open_stream(file.path, file.compression) as stream:
             for row, line in read_lines(stream):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.chat.encode import NOTHING_SCORED, ChatEncoder
+from data_tools.chat.scored import with_marks
 from data_tools.decontaminate import EvaluationIndex, Match, report_line
 from data_tools.dedup import digests_name, text_digests, write_digests
 from data_tools.encoders import Encoded, Encoder, open_encoder
@@ -55,10 +57,13 @@ class _Tally:
     examples: list[RejectExample] = field(default_factory=list)
     unusable: bool = False
     contaminated: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
 
     def reject_all(self, reject: WholeReject) -> None:
         """Forget what was counted: nothing of the unit is used."""
         self.rejects, self.unusable, self.contaminated = Counter({reject.reason: 1}), True, 0
+        self.cut = self.cut_tokens = 0
         self.examples = [RejectExample(row=reject.row, reason=f"{reject.reason}: {reject.detail}")]
 
     def contamination(self, row: int, matches: Sequence[Match]) -> None:
@@ -105,6 +110,8 @@ def encode_unit(work_folder: Path, library: str, unit: int) -> UnitEntry:
             examples=tuple(tally.examples),
             unusable=tally.unusable,
             contaminated=tally.contaminated,
+            cut=tally.cut,
+            cut_tokens=tally.cut_tokens,
             parts=tuple(parts),
         )
         (staging / ENTRY_NAME).write_text(entry.model_dump_json())
@@ -122,12 +129,13 @@ def _require_unchanged(file: InputFile) -> None:
 
 @dataclass(frozen=True)
 class _Context:
-    """What all units of a build need: `encode` gives ids of texts, by their hashes."""
+    """What all units of a build need: `encode` gives ids of texts, by their hashes; `chat` those of conversations."""
 
     work: Work
     plan: BuildPlan
     encode: Callable[[list[str], NDArray[np.uint64]], Encoded]
     evaluation: EvaluationIndex | None
+    chat: ChatEncoder | None
 
 
 @lru_cache(maxsize=1)
@@ -135,9 +143,10 @@ def _context(work_folder: Path, library: str) -> _Context:
     """Loaded once per process: opening a tokenizer can take a second."""
     work = Work(work_folder)
     plan = work.plan()
-    encoder = open_encoder(plan.tokenizer_folder / plan.tokenizer.file, library)
+    path = plan.tokenizer_folder / plan.tokenizer.file
     evaluation = EvaluationIndex(plan.evaluation_files) if plan.evaluation_files else None
-    return _Context(work, plan, _text_encoder(plan, encoder), evaluation)
+    chat = ChatEncoder(path, plan.options.chat.max_tokens) if plan.options.chat else None
+    return _Context(work, plan, _text_encoder(plan, open_encoder(path, library)), evaluation, chat)
 
 
 def _text_encoder(plan: BuildPlan, encoder: Encoder) -> Callable[[list[str], NDArray[np.uint64]], Encoded]:
@@ -177,14 +186,15 @@ def _batches(context: _Context, unit: int, tally: _Tally) -> Iterator[EncodedBat
 
 def _encode(context: _Context, documents: Sequence[Document], tally: _Tally) -> EncodedBatch:
     hashes = np.array([document_hash(document.utf8) for document in documents], dtype=np.uint64)
+    if context.chat is not None:
+        return _encode_chats(context.plan, context.chat, documents, hashes, tally)
     ids, offsets = context.encode([document.text for document in documents], hashes)
     lengths = np.diff(offsets)
     for index in np.flatnonzero(lengths == 0).tolist():
         tally.reject(documents[index].row, "no tokens")
     kept = np.flatnonzero(lengths > 0)
     facts = context.plan.tokenizer
-    if ids.size and int(ids.max()) >= facts.vocab_size:
-        raise DataError(f"the tokenizer gave id {int(ids.max())}, beyond its vocabulary of {facts.vocab_size}")
+    _require_known_ids(ids, facts.vocab_size)
     bos = facts.bos_id if facts.bos_inserted else None
     tokens, whole_lengths = frame_documents(ids, lengths[kept], bos, facts.eos_id)
     chosen = [documents[index] for index in kept.tolist()]
@@ -195,6 +205,36 @@ def _encode(context: _Context, documents: Sequence[Document], tally: _Tally) -> 
         hashes=hashes[kept],
         rows=np.array([document.row for document in chosen], dtype=np.int64),
         digests=text_digests([document.text for document in chosen]) if context.plan.options.dedup == "exact" else None,
+    )
+
+
+def _require_known_ids(ids: NDArray[np.uint32], vocab_size: int) -> None:
+    if ids.size and int(ids.max()) >= vocab_size:
+        raise DataError(f"the tokenizer gave id {int(ids.max())}, beyond its vocabulary of {vocab_size}")
+
+
+def _encode_chats(
+    plan: BuildPlan, encoder: ChatEncoder, documents: Sequence[Document], hashes: NDArray[np.uint64], tally: _Tally
+) -> EncodedBatch:
+    """As `_encode`; the text is the template's, with its own BOS and EOS, and its size that of what is scored."""
+    chats = encoder.encode([document.text for document in documents], [document.scored for document in documents])
+    for document, chat in zip(documents, chats, strict=True):
+        if not chat.scored.any():
+            tally.reject(document.row, NOTHING_SCORED)
+        tally.cut += chat.lost > 0
+        tally.cut_tokens += chat.lost
+    kept = [index for index, chat in enumerate(chats) if chat.scored.any()]
+    ids = np.concatenate([np.zeros(0, dtype=np.uint32), *(chats[index].ids for index in kept)])
+    _require_known_ids(ids, plan.tokenizer.vocab_size)
+    if plan.options.marks_scored:
+        ids = with_marks(ids, np.concatenate([np.zeros(0, dtype=np.bool_), *(chats[i].scored for i in kept)]))
+    return EncodedBatch(
+        tokens=ids.astype(plan.part_dtype, copy=False),
+        lengths=np.array([chats[index].ids.size for index in kept], dtype=np.int64),
+        text_bytes=np.array([chats[index].scored_bytes for index in kept], dtype=np.int64),
+        hashes=hashes[kept],
+        rows=np.array([documents[index].row for index in kept], dtype=np.int64),
+        digests=text_digests([documents[index].text for index in kept]) if plan.options.dedup == "exact" else None,
     )
 
 
@@ -222,12 +262,12 @@ def frame_documents(
 
 
 def _parts(batches: Iterator[EncodedBatch]) -> Iterator[list[EncodedBatch]]:
-    """Batches grouped to about 64 MiB of text, so that memory does not grow with the input file."""
+    """Batches grouped to about 64 MiB of text, or ids, so that memory does not grow with the input file."""
     group: list[EncodedBatch] = []
     size = 0
     for batch in batches:
         group.append(batch)
-        size += int(batch.text_bytes.sum())
+        size += max(int(batch.text_bytes.sum()), batch.tokens.nbytes)
         if size >= PART_TEXT_BYTES:
             yield group
             group, size = [], 0
@@ -243,7 +283,7 @@ def _write_part(path: Path, number: int, plan: BuildPlan, unit: int, batches: Se
         records[field_name] = columns[name]
     buckets = _buckets(plan, unit, columns["hashes"], columns["rows"])
     pieces = [piece for batch in batches for piece in split(batch.tokens, batch.lengths)]
-    write_part(path, buckets, sum(plan.shards.values()), records, pieces, plan.tokenizer.token_dtype)
+    write_part(path, buckets, sum(plan.shards.values()), records, pieces, plan.part_dtype)
     digests = [batch.digests for batch in batches if batch.digests is not None]
     if digests:
         write_digests(path.with_name(digests_name(number)), plan, np.concatenate(digests), columns["rows"], buckets)

@@ -10,15 +10,17 @@ import xxhash
 
 from data_tools.parquet import row_group_ranges, text_bytes_of
 from data_tools.plan import UNIT_BYTES, Compression, ContentOptions, FileFormat, InputFile, WorkUnit
-from data_tools.streams import Damaged
+from data_tools.streams import BYTE_ORDER_MARK, Damaged, open_stream
 from llamapro import console
 from llamapro.errors import DataError
 
 FORMATS: dict[str, FileFormat] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".md": "text", ".parquet": "parquet",
 }  # fmt: skip
+_WHOLE_TEXTS = (("text", "file"), ("text", "paragraph"))
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 _PROBED_BYTES = 1 << 16
+_PEEKED_BYTES = 1 << 10
 _SHOWN = 5
 # Text compresses to about a quarter; only progress and the number of shards depend on this estimate.
 _COMPRESSION_RATIO = 4
@@ -40,9 +42,22 @@ def find_inputs(patterns: Sequence[str], text_field: str | None, option: str = "
         if not paths:
             raise DataError(f"{option} {' '.join(patterns)}: there is no file ending in {_known_endings()}")
         root = Path(os.path.commonpath([path.parent for path in paths]))
-        return tuple(_describe(path, root, text_field) for path in paths)
+        files = tuple(_describe(path, root) for path in paths)
+        return files if text_field is None else with_text_column(files, text_field)
     except OSError as error:
         raise DataError(f"{option}: {error.filename} can't be read: {error.strerror}") from error
+
+
+def with_text_column(files: Sequence[InputFile], text_field: str) -> tuple[InputFile, ...]:
+    """The files, parquet ones with the size of their text column.
+
+    Raises:
+        DataError: one has no such column.
+    """
+    return tuple(
+        file.model_copy(update={"text_bytes": _text_bytes(file, text_field)}) if file.format == "parquet" else file
+        for file in files
+    )
 
 
 def plan_units(files: Sequence[InputFile], options: ContentOptions) -> tuple[WorkUnit, ...]:
@@ -127,16 +142,14 @@ def _known_endings() -> str:
     return f"{', '.join(FORMATS)} (text formats also with {' or '.join(COMPRESSIONS)})"
 
 
-def _describe(path: Path, root: Path, text_field: str | None) -> InputFile:
+def _describe(path: Path, root: Path) -> InputFile:
     described = format_of(path)
     assert described is not None
     form, compression = described
     status = path.stat()
     text_bytes = status.st_size * (_COMPRESSION_RATIO if compression else 1)
-    if form == "parquet" and text_field is not None:
-        # A damaged one is found, and counted, when it is read.
-        with suppress(Damaged):
-            text_bytes = text_bytes_of(path, text_field)
+    if path.name.removesuffix(f".{compression}").lower().endswith(".json") and _is_array(path, compression):
+        form = "json"
     return InputFile(
         path=path,
         name=path.relative_to(root).as_posix(),
@@ -147,6 +160,20 @@ def _describe(path: Path, root: Path, text_field: str | None) -> InputFile:
         compression=compression,
         text_bytes=text_bytes,
     )
+
+
+def _text_bytes(file: InputFile, text_field: str) -> int:
+    # A damaged one is found, and counted, when it is read.
+    with suppress(Damaged):
+        return text_bytes_of(file.path, text_field)
+    return file.text_bytes
+
+
+def _is_array(path: Path, compression: Compression) -> bool:
+    """Whether a JSON file is one array, not an object a line."""
+    with suppress(Damaged), open_stream(path, compression) as stream:
+        return stream.peek(_PEEKED_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[")
+    return False
 
 
 def head_and_tail(path: Path, size: int) -> str:
@@ -160,8 +187,8 @@ def head_and_tail(path: Path, size: int) -> str:
 
 def _ranges(file: InputFile, options: ContentOptions) -> Iterator[tuple[int, int | None, int | None, int]]:
     if file.format == "parquet":
-        yield from _parquet_ranges(file, options.text_field)
-    elif file.compression or file.size == 0 or (file.format == "text" and options.split != "line"):
+        yield from _parquet_ranges(file, options.text_field if options.chat is None else None)
+    elif file.compression or not file.size or file.format == "json" or (file.format, options.split) in _WHOLE_TEXTS:
         yield 0, None, 0, file.text_bytes
     else:
         for start in range(0, file.size, UNIT_BYTES):
@@ -169,7 +196,7 @@ def _ranges(file: InputFile, options: ContentOptions) -> Iterator[tuple[int, int
             yield start, stop, 0 if start == 0 else None, stop - start
 
 
-def _parquet_ranges(file: InputFile, text_field: str) -> list[tuple[int, int | None, int | None, int]]:
+def _parquet_ranges(file: InputFile, text_field: str | None) -> list[tuple[int, int | None, int | None, int]]:
     whole = (0, None, 0, file.text_bytes)
     try:
         return list(row_group_ranges(file.path, text_field, UNIT_BYTES)) or [whole]

@@ -29,8 +29,11 @@ def text_bytes_of(path: Path, text_field: str) -> int:
     return sum(size for _, size in _row_groups(path, text_field))
 
 
-def row_group_ranges(path: Path, text_field: str, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-    """Ranges of row groups with about `target_bytes` of text: first and last + 1, first row, bytes of text."""
+def row_group_ranges(path: Path, text_field: str | None, target_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Ranges of row groups with about `target_bytes` of text, or None: of all columns.
+
+    Each is first group and last + 1, first row, bytes.
+    """
     start, first_row, rows, size = 0, 0, 0, 0
     groups = _row_groups(path, text_field)
     for index, (group_rows, group_bytes) in enumerate(groups):
@@ -70,8 +73,8 @@ def _texts(column: Any) -> Iterator[bytes | None]:
         yield None if index is None else texts[index].as_py()
 
 
-def row_values(path: Path) -> Iterator[dict[str, Any]]:
-    """All columns of each row.
+def row_values(path: Path, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    """All columns of each row in row groups [start, stop).
 
     Raises:
         Damaged: the file is damaged or cut.
@@ -79,7 +82,9 @@ def row_values(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     with _damage_named(path):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_BATCH_ROWS):
+        file = pyarrow.parquet.ParquetFile(path)
+        groups = list(range(file.metadata.num_row_groups))[start:stop]
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups):
             yield from batch.to_pylist()
 
 
@@ -88,23 +93,28 @@ def _batch_rows(rows: int, size: int) -> int:
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(1, size)))
 
 
-def _row_groups(path: Path, text_field: str) -> list[tuple[int, int]]:
-    """Rows, and bytes of the text column, of each row group."""
+def _row_groups(path: Path, text_field: str | None) -> list[tuple[int, int]]:
+    """Rows, and bytes of the text column or of all, of each row group."""
     file = _open(path, text_field)
     with _damage_named(path):
         metadata = file.metadata
+        if text_field is None:
+            every = (metadata.row_group(index) for index in range(metadata.num_row_groups))
+            return [(group.num_rows, group.total_byte_size) for group in every]
         column = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(text_field)
         groups = (metadata.row_group(index) for index in range(metadata.num_row_groups))
         return [(group.num_rows, group.column(column).total_uncompressed_size) for group in groups]
 
 
-def _open(path: Path, text_field: str) -> Any:
+def _open(path: Path, text_field: str | None) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     with _damage_named(path):
         file = pyarrow.parquet.ParquetFile(path)
         names, schema = file.schema_arrow.names, file.schema_arrow
+    if text_field is None:
+        return file
     if text_field not in names:
         raise DataError(f"{path} has no column {text_field!r}; it has {', '.join(names)}: pass one as --text-field")
     kind = schema.field(names.index(text_field)).type

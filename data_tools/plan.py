@@ -11,6 +11,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
+from data_tools.chat.options import ChatOptions
 from data_tools.fim import FimOptions
 from llamapro.data.shard import SplitName, TokenizationFacts
 
@@ -24,7 +25,7 @@ BUILD_FORMAT = 2
 TextSplit = Literal["file", "paragraph", "line"]
 Dedup = Literal["none", "exact"]
 Contaminated = Literal["unchecked", "drop", "report"]
-FileFormat = Literal["jsonl", "text", "parquet"]
+FileFormat = Literal["jsonl", "json", "text", "parquet"]
 Compression = Literal["", "gz", "zst"]
 
 
@@ -38,6 +39,7 @@ class InputFile(_Frozen):
     Attributes:
         name: relative to the inputs' common folder; what datasets and messages call it.
         digest: XXH3-128 of its first and last 64 KiB.
+        format: jsonl is an object a line, json one array of objects.
         modified_ns: modification time: a changed file is noticed while a build is unfinished.
         text_bytes: estimate of the uncompressed size.
     """
@@ -80,6 +82,7 @@ class ContentOptions(_Frozen):
         fim: which documents are rearranged for filling in, if any.
         dedup: whether documents with equal texts are left out but for the first.
         contaminated: what becomes of documents that hold text of evaluation items.
+        chat: how rows become conversations; None: they hold text.
     """
 
     text_field: str
@@ -88,11 +91,23 @@ class ContentOptions(_Frozen):
     fim: FimOptions | None = None
     dedup: Dedup = "none"
     contaminated: Contaminated = "unchecked"
+    chat: ChatOptions | None = None
+
+    @property
+    def marks_scored(self) -> bool:
+        """Whether only some tokens of each document are scored."""
+        return self.chat is not None and self.chat.loss_on != "all"
+
+    @property
+    def flag_of_rows(self) -> str:
+        """The flag that says what a row is."""
+        return "--text-field" if self.chat is None else "--format"
 
     def stated(self) -> dict[str, str]:
         """As flags of the command line, without those that are not in use."""
         stated = {"text_field": self.text_field, "split": self.split, "heldout": f"{self.heldout:g}"}
         stated |= self.fim.stated() if self.fim else {}
+        stated |= self.chat.stated() if self.chat else {}
         stated |= {"dedup": self.dedup} if self.dedup != "none" else {}
         return stated | ({"contaminated": self.contaminated} if self.contaminated != "unchecked" else {})
 
@@ -128,7 +143,7 @@ class BuildPlan(_Frozen):
             "build_format": self.build_format,
             "files": [(file.name, file.size, file.digest) for file in self.files],
             "units": [unit.model_dump() for unit in self.units],
-            "options": self.options.model_dump(),
+            "options": self.options.model_dump(exclude={"chat"} if self.options.chat is None else None),
             "tokenizer": self.tokenizer.tokenizer_identity,
             "bos_inserted": self.tokenizer.bos_inserted,
             "eos_id": self.tokenizer.eos_id,
@@ -136,6 +151,11 @@ class BuildPlan(_Frozen):
             "evaluation_files": [(file.name, file.size, file.digest) for file in self.evaluation_files],
         }
         return xxhash.xxh3_128_hexdigest(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS))
+
+    @property
+    def part_dtype(self) -> str:
+        """Element type of tokens in the work in progress: wide enough for the mark of `data_tools.chat.scored`."""
+        return "<u4" if self.options.marks_scored else self.tokenizer.token_dtype
 
     def differences(self, other: "BuildPlan") -> list[str]:
         """What is different in `other`, one sentence each; empty when a build may continue."""

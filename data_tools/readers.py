@@ -1,18 +1,23 @@
 """From a work unit to its documents: rows of bytes, then text, or the reason why a row is left out."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from io import BufferedReader
 from typing import IO, Any
 
 import orjson
 
-from data_tools.parquet import column_values
+from data_tools.chat.conversation import Unusable
+from data_tools.chat.formats import read_conversation
+from data_tools.chat.options import ChatFormat
+from data_tools.chat.template import ChatTemplate, Span
+from data_tools.parquet import column_values, row_values
 from data_tools.plan import ContentOptions, InputFile, WorkUnit
-from data_tools.streams import Damaged, open_stream
+from data_tools.streams import BYTE_ORDER_MARK, Damaged, open_stream
 
 MAX_ROW_BYTES = 64 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ARRAY_BYTES = 1 << 30
+NO_OBJECT = "not a JSON object"
 TOO_LONG = f"longer than {MAX_ROW_BYTES >> 20} MiB"
 EMPTY_FILE = "empty file"
 DAMAGED_FILE = "damaged or cut file"
@@ -25,11 +30,17 @@ _NOT_NUMBERS = ("NaN", "Infinity", "-Infinity")
 
 @dataclass(frozen=True)
 class Document:
-    """The text of one document; `row` is its row in the unit, from 0; `utf8` the text's bytes."""
+    """The text of one document.
+
+    Attributes:
+        row: its row in the unit, from 0; utf8: the text's bytes.
+        scored: the characters that are learned, as ranges in order; None: all.
+    """
 
     row: int
     text: str
     utf8: bytes
+    scored: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,11 @@ def read_unit(unit: WorkUnit, file: InputFile, options: ContentOptions) -> Itera
 
 
 def _read_unit(unit: WorkUnit, file: InputFile, options: ContentOptions) -> Iterator[Item]:
+    if options.chat is not None or file.format == "json":
+        make = _reader(options)
+        for row, found in read_objects(unit, file):
+            yield found if isinstance(found, Reject | Blank) else make(row, found)
+        return
     if file.format == "parquet":
         for row, value in enumerate(column_values(file.path, options.text_field, unit.start, unit.stop)):
             yield Reject(row, f"no value in column {options.text_field!r}") if value is None else _text(row, value)
@@ -93,6 +109,36 @@ def _read_unit(unit: WorkUnit, file: InputFile, options: ContentOptions) -> Iter
             yield from _paragraphs(stream)
         elif whole := stream.read(MAX_ROW_BYTES + 1):
             yield _text(0, whole.removeprefix(BYTE_ORDER_MARK) if len(whole) <= MAX_ROW_BYTES else None)
+
+
+def read_objects(unit: WorkUnit, file: InputFile) -> Iterator[tuple[int, dict[str, Any] | Reject | Blank]]:
+    """The rows of a unit of JSON or parquet as objects, numbered from 0; errors as in `read_unit`, and `Damaged`."""
+    if file.format == "parquet":
+        yield from enumerate(row_values(file.path, unit.start, unit.stop))
+        return
+    with open_stream(file.path, file.compression) as stream:
+        if (encoding := _other_encoding(stream)) is not None:
+            yield 0, WholeReject(0, f"{encoding} text", "convert it to UTF-8")
+        elif file.format == "json":
+            yield from _array(stream)
+        else:
+            for row, line in read_lines(stream, unit.start, unit.stop):
+                yield row, _json_object(row, line)
+
+
+def _array(stream: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
+    whole = stream.read(MAX_ARRAY_BYTES + 1)
+    if len(whole) > MAX_ARRAY_BYTES:
+        reason = f"JSON array larger than {MAX_ARRAY_BYTES >> 30} GiB"
+        yield 0, WholeReject(0, reason, "write one object a line (.jsonl)")
+        return
+    try:
+        values = orjson.loads(whole.removeprefix(BYTE_ORDER_MARK))
+    except orjson.JSONDecodeError as error:
+        yield 0, WholeReject(0, "invalid JSON", str(error))
+        return
+    for row, value in enumerate(values):
+        yield row, value if isinstance(value, dict) else Reject(row, NO_OBJECT)
 
 
 def _other_encoding(stream: "BufferedReader[Any]") -> str | None:
@@ -162,6 +208,11 @@ class _Paragraph:
 
 
 def _json_document(row: int, line: bytes | None, text_field: str) -> Item:
+    value = _json_object(row, line)
+    return value if isinstance(value, Reject | Blank) else _text_of(row, value, text_field)
+
+
+def _json_object(row: int, line: bytes | None) -> dict[str, Any] | Reject | Blank:
     if line is None:
         return Reject(row, TOO_LONG)
     if not line.strip():
@@ -171,8 +222,27 @@ def _json_document(row: int, line: bytes | None, text_field: str) -> Item:
         value = orjson.loads(line.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         return Reject(row, _json_objection(line, error))
-    if not isinstance(value, dict):
-        return Reject(row, "not a JSON object")
+    return value if isinstance(value, dict) else Reject(row, NO_OBJECT)
+
+
+def _reader(options: ContentOptions) -> Callable[[int, dict[str, Any]], Item]:
+    """What makes a document of a row and an object."""
+    if options.chat is None:
+        return lambda row, value: _text_of(row, value, options.text_field)
+    form, template = options.chat.format, ChatTemplate(options.chat)
+    return lambda row, value: _chat(row, value, form, template)
+
+
+def _chat(row: int, value: dict[str, Any], form: ChatFormat, template: ChatTemplate) -> Item:
+    try:
+        rendered = template.render(read_conversation(value, form))
+    except Unusable as error:
+        return Reject(row, str(error))
+    checked = _checked(row, rendered.text, rendered.text.encode())
+    return replace(checked, scored=rendered.spans) if isinstance(checked, Document) else checked
+
+
+def _text_of(row: int, value: dict[str, Any], text_field: str) -> Item:
     text = value.get(text_field)
     if text is None:
         return Reject(row, f"no field {text_field!r}")

@@ -57,9 +57,10 @@ def require_few_rejects(plan: BuildPlan, entries: Sequence[UnitEntry], allowed: 
     reasons = "; ".join(f"{count:,} × {reason}" for reason, count in counts.items())
     whole = f", and about {text_share:.2%} of the text with files that are damaged" if unusable else ""
     lines = [f"  {name}:{line}: {reason}" for name, line, reason in reject_lines(plan, entries)]
+    flag = plan.options.flag_of_rows
     raise DataError(
         f"{rejected:,} of {rejected + kept:,} rows can't be used{whole}, more than --max-reject-fraction {allowed:g}: "
-        f"{reasons}\n" + "\n".join(lines[:_SHOWN]) + "\ncorrect the inputs, name the right --text-field, or raise "
+        f"{reasons}\n" + "\n".join(lines[:_SHOWN]) + f"\ncorrect the inputs, name the right {flag}, or raise "
         "--max-reject-fraction (what is tokenized already is kept)"
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.chat.options import ChatRequest
 from data_tools.fim import FimRequest
 from data_tools.plan import Contaminated, Dedup, TextSplit
 from llamapro.errors import UserError
@@ -24,6 +25,7 @@ class BuildRequest:
         fim: which documents are rearranged for filling in.
         dedup: whether documents with equal texts are left out but for the first.
         decontaminate: evaluation files whose text documents are searched for; contaminated: what becomes of these.
+        chat: what the rows are, and how conversations become documents.
     """
 
     inputs: tuple[str, ...]
@@ -39,6 +41,7 @@ class BuildRequest:
     dedup: Dedup = "none"
     decontaminate: tuple[str, ...] = ()
     contaminated: Contaminated = "drop"
+    chat: ChatRequest = ChatRequest()
 
     def __post_init__(self) -> None:
         shares = {"--heldout": self.heldout, "--max-reject-fraction": self.max_reject_fraction}
@@ -47,5 +50,5 @@ class BuildRequest:
         ]
         if self.workers < 1:
             problems.append(f"--workers {self.workers}: give at least 1")
-        if problems := [*problems, *self.fim.problems()]:
+        if problems := [*problems, *self.fim.problems(), *self.chat.problems()]:
             raise UserError("\n".join(problems))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.chat.scored import scored_spans, without_marks
 from data_tools.dedup import KeptShare, dropped_of_shard
 from data_tools.parts import RECORD, Share
 from data_tools.plan import BuildPlan
@@ -136,13 +137,17 @@ def _collect(plan: BuildPlan, parts: Sequence[_PartFile], shares: Sequence[Share
     offsets = np.concatenate([[0], np.cumsum(records["tokens"][order], dtype=np.int64)])
     sizes = [len(part) for part in found]
     first_rows = np.repeat([part.first_row for part in parts], sizes).astype(np.int64)
+    tokens = _placed(plan, shares, records["tokens"], offsets[:-1][places], int(offsets[-1]))
+    loss_offsets, loss_spans = scored_spans(tokens, offsets) if plan.options.marks_scored else (None, None)
     return Documents(
-        tokens=_placed(plan, shares, records["tokens"], offsets[:-1][places], int(offsets[-1])),
+        tokens=without_marks(tokens) if plan.options.marks_scored else tokens,
         offsets=offsets,
         text_bytes=records["text_bytes"][order],
         hashes=records["hash"][order],
         source_files=np.repeat([part.file for part in parts], sizes)[order],
         source_rows=(records["row"].astype(np.int64) + first_rows)[order],
+        loss_offsets=loss_offsets,
+        loss_spans=loss_spans,
     )
 
 
@@ -152,7 +157,7 @@ def _placed(plan: BuildPlan, shares: Sequence[Share], lengths: AnyArray, begins:
     Args:
         lengths: (documents,) in input order; begins: (documents,) in the shard.
     """
-    tokens = np.empty(total, dtype=plan.tokenizer.token_dtype)
+    tokens = np.empty(total, dtype=plan.part_dtype)
     places = zip(lengths.tolist(), begins.tolist(), strict=True)
     for share in shares:
         source, read = share.tokens(), 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import llamapro
+from data_tools.chat.library import TEMPLATE_FILE
 from data_tools.decontaminate import CONTAMINATED, finished_line
 from data_tools.dedup import find_all_duplicates
 from data_tools.encoders import library_version
@@ -47,6 +48,8 @@ def seal_dataset(
     with staged_folder(output / TOKENIZER_FOLDER, overwrite=True) as staging:
         for path in tokenizer_files(plan.tokenizer_folder):
             shutil.copyfile(path, staging / path.name)
+        if plan.options.chat is not None:
+            (staging / TEMPLATE_FILE).write_text(plan.options.chat.template, encoding="utf-8")
     write_atomic(output / REJECTS_NAME, rejects_file(plan, entries, duplicates))
     contaminated = _write_contamination(output, plan, work, entries)
     splits = {name: _split_entry([part for part in sealed if part.split == name]) for name in SPLITS}
@@ -58,7 +61,7 @@ def seal_dataset(
         heldout_fraction=plan.options.heldout,
         tokenizer_sha256=plan.tokenizer.sha256,
         encoder=library_version(library),
-        options=plan.options.stated() | _evaluation_names(plan),
+        options=plan.options.stated() | _evaluation_names(plan) | _cut(entries),
         source_files=tuple(SourceFile(name=f.name, size=f.size, digest=f.digest) for f in plan.files),
         rejects=reject_counts(entries, duplicates) | contaminated,
         splits=splits,
@@ -74,6 +77,12 @@ def seal_dataset(
 def _evaluation_names(plan: BuildPlan) -> dict[str, str]:
     names = ", ".join(file.name for file in plan.evaluation_files)
     return {"decontaminate": names} if names else {}
+
+
+def _cut(entries: Sequence[UnitEntry]) -> dict[str, str]:
+    """How many conversations were cut, where some were."""
+    conversations, tokens = sum(entry.cut for entry in entries), sum(entry.cut_tokens for entry in entries)
+    return {"cut_conversations": str(conversations), "cut_tokens": str(tokens)} if conversations else {}
 
 
 def _write_contamination(output: Path, plan: BuildPlan, work: Work, entries: Sequence[UnitEntry]) -> dict[str, int]:

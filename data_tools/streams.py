@@ -13,6 +13,7 @@ import zstandard
 from data_tools.plan import Compression
 from llamapro.errors import DataError
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 1 << 18
 # At most: 4 compressed bytes can stand for 128 KiB, so that a larger piece could become gigabytes at once.
 _PIECE_BYTES = 1 << 10

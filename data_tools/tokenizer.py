@@ -15,7 +15,8 @@ from llamapro.errors import DataError
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CONFIG_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,24 @@ def token_ids(folder: Path) -> dict[str, int]:
     return (_json_vocabulary(path) if path.name == TOKENIZER_JSON else _sentencepiece_vocabulary(path, folder)).ids
 
 
+def named_tokens(folder: Path) -> dict[str, str]:
+    """The texts of tokens by the names that a model's settings have for them: `bos_token`, `pad_token` and the like."""
+    stated = {name: item for name, item in _settings(folder).items() if name.endswith("_token")}
+    texts = {name: item.get("content") if isinstance(item, dict) else item for name, item in stated.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def special_tokens(folder: Path) -> list[str]:
+    """The texts of the tokens of a tokenizer.json that are marked as special: control tokens, never part of a text."""
+    added = tokenizers_tokenizer(folder / TOKENIZER_JSON).get_added_tokens_decoder().values()
+    return sorted(token.content for token in added if token.special)
+
+
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [TOKENIZER_JSON, TOKENIZER_MODEL, *CONFIG_FILES]
+    wanted = [TOKENIZER_JSON, TOKENIZER_MODEL, *CONFIG_FILES, "chat_template.jinja"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted)).resolve()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -35,6 +35,7 @@ class UnitEntry(BaseModel):
         rejects: rows left out, by reason; `examples` are the first of them.
         parts: sizes in bytes of its part files.
         contaminated: documents that hold text of evaluation items, left out or not.
+        cut, cut_tokens: conversations that were too long, and the tokens they lost.
         unusable: the file is damaged, so that nothing of the unit is used.
     """
 
@@ -50,6 +51,8 @@ class UnitEntry(BaseModel):
     parts: tuple[int, ...]
     unusable: bool = False
     contaminated: int = 0
+    cut: int = 0
+    cut_tokens: int = 0
 
 
 class Work:

@@ -67,6 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("law.jsonl", "code.jsonl", "crawl/a.jsonl", "crawl/deep/b.jsonl"):
         write_jsonl(folder / name, texts)
     write_jsonl(folder / "exam.jsonl", [texts[3] + " " + " ".join("abcdefghijklm"), texts[4] * 20])
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     (folder / "books" / "old").mkdir(parents=True)
     (folder / "books" / "old" / "one.txt.gz").write_bytes(gzip.compress("\n\n".join(texts).encode()))
     (folder / "notes.md").write_text("one paragraph\n\nanother one")

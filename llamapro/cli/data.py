@@ -97,13 +97,12 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from data_tools.inspect import SHOWN_CHARACTERS, facts_of, histogram_of, samples_of
+    from data_tools.inspect import facts_of, histogram_of, samples_of
 
     dataset = Dataset.open(arguments.folder)
     console.table(f"dataset {dataset.manifest.name}", ["fact", "value"], facts_of(dataset))
     console.table("\nlength", ["tokens", "documents", ""], histogram_of(dataset))
     for sample in samples_of(dataset):
-        cut = "…" if len(sample.text) > SHOWN_CHARACTERS else ""
         console.result(f"\n{sample.split} · {sample.file}, line {sample.row + 1} · {sample.tokens:,} tokens")
-        console.result(sample.text[:SHOWN_CHARACTERS] + cut)
+        console.result(sample.shown())
     return 0

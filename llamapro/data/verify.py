@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llamapro.data.arrays import IntArray
 from llamapro.data.container import CHECKS_SECTION
 from llamapro.data.dataset import SHARDS_FOLDER, Dataset
 from llamapro.data.manifest import read_files_manifest
@@ -80,5 +81,23 @@ def _contradictions(shard: Shard, heldout_fraction: float) -> Iterator[str]:
         yield f"{shard.path}: it holds id {int(tokens.max())}, beyond the vocabulary of {facts.vocab_size}"
     if facts.eos_inserted and np.any(tokens[offsets[1:] - 1] != facts.eos_id):
         yield f"{shard.path}: a document does not end with EOS ({facts.eos_id})"
+    if shard.has_loss_spans and not _spans_fit(shard, np.diff(offsets)):
+        yield f"{shard.path}: the spans of its documents that are scored don't follow each other within them"
     if np.any(is_heldout(shard.column("hashes"), heldout_fraction) != (facts.split == "heldout")):
         yield f"{shard.path}: it holds documents that by their hash belong to the other split"
+
+
+def _spans_fit(shard: Shard, lengths: IntArray) -> bool:
+    """Whether each document's spans are in order, apart from each other and within it."""
+    firsts = shard.container.array("loss_offsets").astype(np.int64)
+    spans = shard.container.array("loss_spans").astype(np.int64).reshape(-1, 2)
+    if firsts.size != lengths.size + 1 or firsts[0] != 0 or firsts[-1] != len(spans) or np.any(np.diff(firsts) < 0):
+        return False
+    owners = np.repeat(np.arange(lengths.size), np.diff(firsts))
+    same = owners[1:] == owners[:-1]
+    return bool(
+        np.all(spans[:, 0] < spans[:, 1])
+        and np.all(spans[:, 0] >= 0)
+        and np.all(spans[:, 1] <= lengths[owners])
+        and np.all(spans[1:, 0][same] > spans[:-1, 1][same])
+    )
