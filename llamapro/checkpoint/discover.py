@@ -11,6 +11,7 @@ from pathlib import Path
 from llamapro import console
 from llamapro.checkpoint.folder import Checkpoint, check_digest, open_checkpoint, read_checked_manifest, read_checkpoint
 from llamapro.checkpoint.layout import QUARANTINE, parse_folder_name, pointer_path, read_pointer
+from llamapro.config.root import RunConfig
 from llamapro.errors import Corrupted, UserError
 from llamapro.files.atomic import STAGING, TRASH, fsync_folder, remove_leftovers, remove_tree, write_atomic
 from llamapro.ranks import Ranks
@@ -93,6 +94,19 @@ def prune(
     return deleted
 
 
+def scheduled_steps(config: RunConfig) -> int | None:
+    """Of the checkpoints that a run may roll back to: it goes back to the newest whose step is a multiple of this.
+
+    None for a run that never goes back.
+    """
+    return config.checkpoint.every_steps if config.guards.spike == "rollback" else None
+
+
+def set_aside(root: Path) -> list[Path]:
+    """The folders that failed their check at some start of the run."""
+    return sorted(folder for folder in _folders(root) if folder.name.startswith(QUARANTINE))
+
+
 def newest_of_every(listed: Sequence[Listed], steps: int | None) -> Path | None:
     """The first of complete checkpoints, newest first, whose step is a multiple of `steps`; None: there is none."""
     return next((one.folder for one in listed if steps is not None and one.step % steps == 0), None)
@@ -107,7 +121,7 @@ def _candidates(root: Path, ranks: Ranks) -> tuple[list[str], list[str]]:
         try:
             _clear_leftovers(root)
             names = [folder.name for folder in _newest_first(root)]
-            quarantined = sorted(folder.name for folder in _folders(root) if folder.name.startswith(QUARANTINE))
+            quarantined = [folder.name for folder in set_aside(root)]
         except OSError as error:
             problem = str(error)
     names, quarantined, problem = ranks.broadcast_json([names, quarantined, problem])

@@ -138,6 +138,7 @@ def _cards(history: History, record: ExpansionRecord | None) -> Iterator[Card]:
     total = f" of {steps:,}" if isinstance(steps, int) else ""
     skipped = sum(line["event"] == "skip" for line in history.events)
     yield Card("optimizer steps", f"{history.last_step:,}{total}", f"{skipped} skipped" if skipped else "")
+    yield from _mishaps(history)
     yield Card("tokens", f"{history.tokens:,}", "targets, all processes")
     if history.step_seconds:
         yield Card("time in steps", duration(history.step_seconds), "without validation and saves")
@@ -149,13 +150,23 @@ def _cards(history: History, record: ExpansionRecord | None) -> Iterator[Card]:
         yield Card(f"{change.name}, bits per byte", f"{change.change:+.1%}", "held-out, after against before")
 
 
+def _mishaps(history: History) -> Iterator[Card]:
+    """What a person who looks only at the top must not miss."""
+    if rollbacks := [line for line in history.events if line["event"] == "rollback"]:
+        undone = sum(last - first + 1 for first, last in (line["skipped_steps"] for line in rollbacks))
+        last_place = rollbacks[-1]["checkpoint"]
+        yield Card("rollbacks", str(len(rollbacks)), f"{undone} steps undone, the last to {last_place}")
+    if failed := [line for line in history.events if line["event"] == "save failed"]:
+        yield Card("failed saves", str(len(failed)), f"the last at step {failed[-1]['step']}: {failed[-1]['reason']}")
+
+
 def _proof(history: History) -> Proof | None:
     proofs = [line for line in history.events if line["event"] == "proof"]
     if not proofs:
         return None
     equal, total = proofs[-1].get("equal", 0), proofs[-1].get("total", 0)
     text = proofs[-1].get("text", f"{equal} of {total} base tensors equal the record")
-    return Proof(f"{text}, bit for bit.", equal == total)
+    return Proof(f"Compared bit for bit: {text}.", equal == total)
 
 
 def _comparisons(history: History) -> Iterator[Comparison]:

@@ -26,7 +26,7 @@ def train(session: Session, progress: Progress) -> Progress:
         RetryLater: a stop was asked for; the state is saved, the same command continues.
         CheckFailed: a guard stopped the run.
     """
-    prove_frozen_weights(session)
+    prove_frozen_weights(session, progress)
     with Saver(session, progress) as saver:
         return _train(session, progress, saver)
 
@@ -35,7 +35,7 @@ def _train(session: Session, progress: Progress, saver: Saver) -> Progress:
     timer = StepTimer()
     try:
         if progress.step == 0:
-            prove_identity(session)
+            progress = prove_identity(session, progress)
         progress = validate_if_due(session, progress)
         with Prefetcher(planned_work(session, progress)) as fetched:
             timer.restart()

@@ -16,6 +16,8 @@ class Progress:
         tokens: target tokens trained on, over all ranks; source_tokens: the same by source.
         skipped: steps whose update was skipped by a guard.
         validated: the last step after which held-out text was scored; -1 before the first time.
+        start_difference: largest difference of logits between model and base before the first step; None where it was
+            not measured.
     """
 
     step: int = 0
@@ -24,6 +26,7 @@ class Progress:
     skipped: int = 0
     validated: int = -1
     source_tokens: Mapping[str, int] = field(default_factory=dict)
+    start_difference: float | None = None
 
     def after(self, outcome: "StepOutcome", sequences: int) -> "Progress":
         """The progress after one more step over this many sequences."""

@@ -13,13 +13,16 @@ from llamapro.checkpoint.frozen import FrozenProof, prove_frozen
 from llamapro.errors import CheckFailed
 from llamapro.modeling.fp8 import quantized_parameters
 from llamapro.training.fp8 import prove_fp8_unchanged
+from llamapro.training.progress import Progress
 from llamapro.training.session import Session
 
 PROBE_TOKENS = 128
 
 
-def prove_frozen_weights(session: Session) -> None:
+def prove_frozen_weights(session: Session, progress: Progress) -> None:
     """Compare the live frozen weights with the record, bit for bit, and those in FP8 with their start; collective.
+
+    The line that says it also says what the run began with.
 
     Raises:
         CheckFailed: naming the first tensors that differ.
@@ -31,11 +34,16 @@ def prove_frozen_weights(session: Session) -> None:
         return
     equal, total = (sum(getattr(proof, name) for proof in proofs) for name in ("equal", "total"))
     different = [name for proof in proofs for name in proof.different]
-    text = "; ".join(map(str, proofs))
+    text = "; ".join([*map(str, proofs), *_start(progress)])
     session.metrics.event("proof", equal=equal, total=total, different=different, text=text)
     if different:
         raise CheckFailed(f"frozen weights changed while they were in memory: {text}; nothing was saved")
     console.info(text)
+
+
+def _start(progress: Progress) -> list[str]:
+    difference = progress.start_difference
+    return [] if difference is None else [f"max |Δlogit| at start {difference:g}"]
 
 
 def _proof_of_record(session: Session) -> FrozenProof:
@@ -49,11 +57,14 @@ def _proof_of_record(session: Session) -> FrozenProof:
     return replace(proof, claim="base tensors in bf16 equal the record") if in_fp8 else proof
 
 
-def prove_identity(session: Session) -> None:
+def prove_identity(session: Session, progress: Progress) -> Progress:
     """Check that the expanded model computes what its base computes, before anything is trained; collective.
 
     Blocks that were trained earlier are part of what is compared against, so only fresh ones are bypassed. A run that
     begins with another run's weights has no fresh blocks.
+
+    Returns:
+        The progress, with what was measured.
 
     Raises:
         CheckFailed: a fresh new block changes the logits.
@@ -61,7 +72,7 @@ def prove_identity(session: Session) -> None:
     record = session.facts.record
     fresh = record.untrained_blocks() if record else ()
     if not fresh or session.config.checkpoint.start_from is not None:
-        return
+        return progress
     difference = _logit_difference(session, fresh)
     session.metrics.event("identity", max_logit_difference=difference, blocks=list(fresh))
     if difference > 0.0:
@@ -70,6 +81,7 @@ def prove_identity(session: Session) -> None:
             "training, so the model is not its base; `llamapro verify` names the tensor, expand the base again"
         )
     console.info(f"max |Δlogit| between the expanded model and its base at start: {difference:g}")
+    return replace(progress, start_difference=difference)
 
 
 def _logit_difference(session: Session, blocks: tuple[int, ...]) -> float:

@@ -14,7 +14,7 @@ from typing import Self
 
 from llamapro import console
 from llamapro.checkpoint.background import BackgroundSave
-from llamapro.checkpoint.discover import prune
+from llamapro.checkpoint.discover import prune, scheduled_steps
 from llamapro.checkpoint.save import SaveFailed, stage_save
 from llamapro.checkpoint.snapshot import SnapshotMemory
 from llamapro.errors import CheckFailed, LlamaproError, RetryLater
@@ -174,7 +174,7 @@ class Saver:
         began = self._last_time = time.monotonic()
         session.stop.heartbeat()
         agree(session.ranks, self._check_lock)
-        prove_frozen_weights(session)
+        prove_frozen_weights(session, progress)
         state = TrainerState(
             progress=progress, identity=session.identity, stages=session.stream.stages, guard=session.guard.state()
         ).to_json()
@@ -209,8 +209,7 @@ class Saver:
     def _prune(self) -> None:
         session, settings = self._session, self._session.config.checkpoint
         if session.ranks.rank == 0:
-            rolls_back = session.config.guards.spike == "rollback"
-            spared = settings.every_steps if rolls_back else None
+            spared = scheduled_steps(session.config)
             prune(session.folder.checkpoints, settings.keep, settings.keep_every_steps, spared)
 
     def _say_memory(self) -> None:

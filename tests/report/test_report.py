@@ -119,7 +119,33 @@ def test_young_run_without_measurements_still_has_a_page(tmp_path: Path) -> None
 def test_changed_base_tensor_is_shown_as_broken(tmp_path: Path) -> None:
     lines = [{"event": "proof", "equal": 38, "total": 38}, {"event": "proof", "equal": 37, "total": 38}]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-    assert '<p class="proof broken">37 of 38 base tensors' in write_report(tmp_path).read_text()
+    assert '<p class="proof broken">Compared bit for bit: 37 of 38 base tensors' in write_report(tmp_path).read_text()
+
+
+def test_what_went_wrong_stands_at_the_top_and_in_the_list(tmp_path: Path) -> None:
+    happened = [
+        {"event": "skip", "step": 4, "reason": "loss is nan"},
+        {"event": "save failed", "step": 6, "reason": "the disk is <full>", "in_a_row": 1},
+        {"event": "rollback", "step": 9, "checkpoint": "step-00000006", "skipped_steps": [7, 9]},
+        {"event": "rollback", "step": 12, "checkpoint": "step-00000010", "skipped_steps": [11, 12]},
+        {"event": "proof", "equal": 38, "total": 38, "text": "38 of 38 equal; max |Δlogit| at start 0"},
+    ]
+    lines = [step_line(12), *happened]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    path = write_report(tmp_path)
+    cards = path.read_text().partition('<p class="proof')[0]
+    for shown in ("<b>2</b><span>5 steps undone, the last to step-00000010", "1 skipped"):
+        assert shown in cards, shown
+    assert "<b>1</b><span>the last at step 6: the disk is &lt;full&gt;" in cards
+    assert "Compared bit for bit: 38 of 38 equal; max |Δlogit| at start 0." in path.read_text()
+    assert [cell for cell in Page(path).cells if cell in ("skip", "save failed", "rollback", "proof")] == [
+        line["event"] for line in happened
+    ]
+
+
+def test_a_run_without_mishaps_has_no_cards_of_them(tiny: TinyRun) -> None:
+    labels = re.findall(r"<span>([^<]*)</span><b>", write_report(tiny.folder).read_text())
+    assert "optimizer steps" in labels and not {"rollbacks", "failed saves"} & set(labels)
 
 
 def test_evaluation_of_the_run_is_shown_against_its_base(tmp_path: Path) -> None:

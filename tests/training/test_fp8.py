@@ -17,6 +17,7 @@ from llamapro.ranks import Ranks
 from llamapro.training import fp8
 from llamapro.training.device import cpu_device
 from llamapro.training.preflight import check_facts
+from llamapro.training.progress import Progress
 from llamapro.training.proof import prove_frozen_weights
 from tests.support.config import config_of
 from tests.support.pool import WorkerError, WorkerPool
@@ -131,12 +132,12 @@ def test_one_changed_bit_on_one_rank_stops_the_run(folder: Path, pool: WorkerPoo
 
 def _flip_a_bit(ranks: Ranks, values: dict[str, Any], buffer: str) -> None:
     session, _ = open_run(ranks, values)
-    prove_frozen_weights(session)
+    prove_frozen_weights(session, Progress())
     linear = session.engine.model.blocks[1].self_attn.v_proj
     assert isinstance(linear, FP8Linear)
     if ranks.rank == 1:
         getattr(linear, buffer).view(torch.uint8)[3, 0] ^= 1
-    prove_frozen_weights(session)
+    prove_frozen_weights(session, Progress())
 
 
 def test_ranks_that_read_other_bytes_do_not_start(folder: Path, pool: WorkerPool) -> None:

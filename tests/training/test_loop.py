@@ -193,11 +193,11 @@ def _metrics(ranks: Ranks, values: dict[str, Any]) -> list[dict[str, Any]]:
 def _run_with_broken_identity(ranks: Ranks, values: dict[str, Any]) -> None:
     from llamapro.training.proof import prove_identity
 
-    session, _ = open_run(ranks, values)
+    session, progress = open_run(ranks, values)
     weight = dict(session.engine.model.trainable_parameters())["model.layers.2.self_attn.o_proj.weight"]
     with torch.no_grad():
         weight[0, 0] = 1.0
-    prove_identity(session)
+    prove_identity(session, progress)
 
 
 def _run_with_flipped_weight(ranks: Ranks, values: dict[str, Any]) -> None:

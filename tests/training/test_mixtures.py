@@ -14,6 +14,7 @@ from llamapro.expansion.verify import verify
 from llamapro.export.export import export
 from llamapro.files.tensors import TensorFolder
 from llamapro.ranks import Ranks
+from llamapro.training.progress import Progress
 from llamapro.training.proof import prove_frozen_weights
 from tests.support.expansion import all_tensors, flip_bit, logits
 from tests.support.exports import files_of
@@ -167,4 +168,4 @@ def _flip_in_memory(ranks: Ranks, values: dict[str, Any], name: str) -> None:
     for stored, start, part in session.engine.frozen_slices():
         if stored == name and start <= middle < start + part.numel():
             part.view(torch.int32)[middle - start] ^= 1
-    prove_frozen_weights(session)
+    prove_frozen_weights(session, Progress())
