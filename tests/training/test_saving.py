@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -29,11 +30,13 @@ from llamapro.training.progress import Progress, StepOutcome, StepWork
 from llamapro.training.saving import Saver
 from llamapro.training.session import Session
 from llamapro.training.step import run_step
+from tests.support.disks import leave_mount_namespace, require_mounts, small_disk
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.training import losses, open_run, prepare, run_training, settings, state_digest
 
 SECONDS = 30
-RANDOM_KILLS = 12
+RANDOM_KILLS = 50
+PROOF = "39 of 39 base tensors equal the record; max |Δlogit| at start 0"
 NO_SPACE = r"rank 1: \[Errno 28\] No space left on device"
 
 
@@ -82,6 +85,43 @@ def test_a_slow_writer_stops_no_step_and_saves_the_step_it_began_with(
     assert state_digest(folder / "slow") == state_digest(folder / "undisturbed")
     assert re.search(r"saves are written in the background from \d.* GiB of host memory per rank", pool.output())
     assert re.search(r"saved \S+step-00000004 in \d+\.\d s; training stood still for \d+\.\d\d s of it", pool.output())
+
+
+def test_every_save_says_the_proof_in_one_line(
+    folder: Path, pool: WorkerPool, undisturbed: list[dict[str, Any]]
+) -> None:
+    """What the run began with is said after a resume, too, when it can't be measured any more."""
+    first, *later = [event["text"] for event in events(undisturbed, "proof")]
+    assert first == PROOF.partition(";")[0] and later == [PROOF, PROOF]
+    values = run_settings(folder, "proved")
+    with pytest.raises(WorkerError, match="RetryLater"):
+        pool.run(run_training, values, 5)
+    metrics = pool.run(run_training, values)[0]
+    resumed = metrics.index(events(metrics, "resume")[0])
+    assert [event["text"] for event in events(metrics[resumed:], "proof")] == [PROOF, PROOF]
+    assert PROOF in pool.output()
+
+
+def test_a_disk_of_one_rank_alone_that_is_really_full(
+    folder: Path, pool: WorkerPool, undisturbed: list[dict[str, Any]]
+) -> None:
+    """Rank 1 sees another, tiny disk where rank 0 sees the staging folder; training goes on until there is room."""
+    require_mounts()
+    metrics = pool.run(_train_with_own_disk, run_settings(folder, "own-disk", every_steps=2), 2)[0]
+    failed = events(metrics, "save failed")
+    assert [event["step"] for event in failed] == [2] and re.search(NO_SPACE, failed[0]["reason"])
+    assert steps_saved(folder / "own-disk") == [4, 6, 8], "nothing of the failed save is left"
+    assert losses(metrics) == losses(undisturbed)
+    assert state_digest(folder / "own-disk") == state_digest(folder / "undisturbed")
+
+
+def test_clocks_that_jump_change_nothing(folder: Path, pool: WorkerPool, undisturbed: list[dict[str, Any]]) -> None:
+    """The time of day goes back and forth by years, differently on each rank, while saves are due by the minute."""
+    values = run_settings(folder, "jumping", every_minutes=1000.0, every_steps=2)
+    for metrics in pool.run(_train_with_jumping_clock, values):
+        assert losses(metrics) == losses(undisturbed)
+    assert steps_saved(folder / "jumping") == [2, 4, 6, 8]
+    assert state_digest(folder / "jumping") == state_digest(folder / "undisturbed")
 
 
 def test_the_plan_says_how_much_host_memory_all_ranks_take(folder: Path, pool: WorkerPool) -> None:
@@ -184,6 +224,8 @@ def _kill_and_resume(folder: Path, pool: WorkerPool, undisturbed: list[dict[str,
     assert losses(metrics) == losses(undisturbed)
     assert state_digest(folder / f"killed-{seed}") == state_digest(folder / "undisturbed")
     assert steps_saved(folder / f"killed-{seed}")[-1] == 8
+    assert events(metrics, "proof")[-1]["text"] == PROOF
+    shutil.rmtree(folder / f"killed-{seed}")
 
 
 def _of(run: Path, step: int, name: str) -> bytes:
@@ -283,6 +325,26 @@ def _train_on_full_disk(
         return entry
 
     with patch.object(background, "write_rank_file", write), asked_before(stop_before_step):
+        return run_training(ranks, values)
+
+
+def _train_with_own_disk(ranks: Ranks, values: dict[str, Any], full_step: int) -> list[dict[str, Any]]:
+    """While the checkpoint of one step is written, rank 1 has a disk of a few KiB mounted in its place."""
+
+    def write(path: Path, *rest: Any) -> FileEntry:
+        if ranks.rank == 0 or f"step-{full_step:08d}" not in path.parent.name:
+            return write_rank_file(path, *rest)
+        leave_mount_namespace()
+        with small_disk(path.parent, "size=8k"):
+            return write_rank_file(path, *rest)
+
+    with patch.object(background, "write_rank_file", write):
+        return run_training(ranks, values)
+
+
+def _train_with_jumping_clock(ranks: Ranks, values: dict[str, Any]) -> list[dict[str, Any]]:
+    chance = random.Random(ranks.rank)
+    with patch("time.time", lambda: chance.uniform(0.0, 4e9)):
         return run_training(ranks, values)
 
 
