@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToMo
 from llamapro import console
 from llamapro.config.engine import EngineConfig
 from llamapro.engine import environment
+from llamapro.engine.placement import describe_placement
 from llamapro.errors import RetryLater, UserError
 from llamapro.ranks import Ranks
 
@@ -47,6 +48,9 @@ def start_ranks(settings: EngineConfig, local_rank: int | None = None) -> Ranks:
     join_deepspeed()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), index, device)
     console.info(_description(ranks, backend, settings))
+    if ranks.world_size > 1:
+        for line in describe_placement(ranks):
+            console.info(line)
     return ranks
 
 

@@ -65,8 +65,9 @@ def test_ranks_meet_without_compiling_anything(pool: WorkerPool, tmp_path: Path)
     for result in results:
         assert result["total"] == [3] and not result["group"]
         assert set(result["timeouts"]) == {timedelta(minutes=3)}
-        (line,) = result["told"]
+        line, place = result["told"]
         assert "2 ranks on this machine, CPU with 1 thread each, gloo" in line
+        assert place == f"{socket.gethostname()}: ranks 0, 1 on the CPU with 1 thread each"
     assert [path.name for path in lock.parent.iterdir()] == ["lock"]
 
 
