@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "held-out loss and bits per byte of a model, against its base",
     "report": "write a run's report as one HTML page",
     "checkpoint": "list, verify and prune a run's checkpoints",
+    "doctor": "what of this machine, or of a job's hosts, stands in the way of training",
     "stop": "ask a run to save and stop",
     "slurm": "write a batch script for Slurm",
     "requeue": "for batch scripts: whether a job that ended with 75 may queue again",
