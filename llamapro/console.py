@@ -24,7 +24,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from llamapro.errors import EXIT_CHECK_FAILED, EXIT_RETRY, CheckFailed, Corrupted, LlamaproError, RetryLater, UserError
+from llamapro.errors import (
+    EXIT_CHECK_FAILED,
+    EXIT_RETRY,
+    CheckFailed,
+    Corrupted,
+    LlamaproError,
+    PeerLost,
+    RetryLater,
+    UserError,
+)
 
 LOG_INTERVAL_SECONDS = 30.0
 FILE_COLUMNS = 120
@@ -146,8 +155,8 @@ def _stderr() -> Console:
 
 
 def _shared_by_all_ranks(error: LlamaproError) -> bool:
-    """Usage and configuration errors, agreed stops and guards are raised alike everywhere; corruption may be local."""
-    return isinstance(error, UserError | CheckFailed | RetryLater) and not isinstance(error, Corrupted)
+    """Usage and configuration errors, agreed stops and guards are raised alike everywhere; the rest may be local."""
+    return isinstance(error, UserError | CheckFailed | RetryLater) and not isinstance(error, Corrupted | PeerLost)
 
 
 def _is_number(cell: object) -> bool:

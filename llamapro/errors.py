@@ -57,3 +57,7 @@ class RetryLater(LlamaproError):
     """The work was saved on request, or a peer was lost: starting the same command again continues it."""
 
     exit_code = EXIT_RETRY
+
+
+class PeerLost(RetryLater):
+    """Another rank is gone, or did not come to a collective in time: names it, and what is known of it."""

@@ -87,6 +87,10 @@ class RunFolder:
         """The log file of one rank."""
         return self.logs / f"rank-{rank}.log"
 
+    def rank_sign(self, rank: int) -> Path:
+        """One rank's latest sign of life, as JSON."""
+        return self.logs / f"rank-{rank}.sign.json"
+
     def create(self) -> None:
         """Make the folder and the folders in it.
 

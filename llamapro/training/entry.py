@@ -23,6 +23,7 @@ from llamapro.ranks import Ranks
 from llamapro.run_folder import RunFolder
 from llamapro.training.environment import describe_environment
 from llamapro.training.model_facts import Stage
+from llamapro.training.peers import SIGN_SECONDS, Peers, told_to_peers
 from llamapro.training.preflight import Facts, check_facts, show_plan
 from llamapro.training.progress import Progress
 from llamapro.training.signals import StopRequest, watch_signals
@@ -86,14 +87,18 @@ def _start(config: RunConfig, facts: Facts, local_rank: int | None) -> int:
         lock = _prepare(config, facts, folder, stack) if console.process_rank() == 0 else None
         ranks = start_ranks(config.engine, local_rank)
         stack.callback(stop_ranks)
+        step_seconds = 60 * config.engine.step_timeout_minutes
+        peers = Peers.meet(folder, ranks, min(SIGN_SECONDS, step_seconds / 10))
         stop = stack.enter_context(
             watch_signals(
                 grace_seconds=config.run.grace_seconds,
-                step_timeout_seconds=60 * config.engine.step_timeout_minutes,
+                step_timeout_seconds=step_seconds,
                 stop_file=folder.stop_file if ranks.rank == 0 else None,
+                peers=peers,
             )
         )
-        return _train(config, facts, folder, ranks, stop, lock)
+        with told_to_peers(peers):
+            return _train(config, facts, folder, ranks, stop, lock)
 
 
 def _prepare(config: RunConfig, facts: Facts, folder: RunFolder, stack: ExitStack) -> RunLock:

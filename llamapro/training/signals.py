@@ -13,18 +13,22 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from llamapro.errors import EXIT_RETRY
+
+if TYPE_CHECKING:
+    from llamapro.training.peers import Peers
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 5.0
 """A launcher may send several signals for one key press: a second one counts this long after the first."""
 POLL_SECONDS = 0.5
 STOP_FILE_SECONDS = 1.0
+TESTIMONY_SECONDS = 5.0
 DEEPSPEED_LAUNCHER = b"deepspeed.launcher.launch"
 _QUIT = 0
 
@@ -34,6 +38,9 @@ class StopRequest:
 
     One micro-step of the loop: `heartbeat()`, read `requested`, agree over ranks; when they agree, `acknowledge()`
     on every rank, save, exit.
+
+    Attributes:
+        heartbeats: how many there were: equally many on every rank, but for the one that the others wait for.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
@@ -44,6 +51,7 @@ class StopRequest:
         self._reason = ""
         self._acknowledged = False
         self._last_heartbeat: float | None = None
+        self.heartbeats = 0
 
     @property
     def requested(self) -> bool:
@@ -70,6 +78,7 @@ class StopRequest:
     def heartbeat(self) -> None:
         """The loop made progress. The first call arms the watchdog."""
         self._last_heartbeat = time.monotonic()
+        self.heartbeats += 1
 
     def acknowledge(self) -> None:
         """All ranks agreed to stop and begin to save: the grace period is over, the watchdog starts anew."""
@@ -88,7 +97,11 @@ class StopRequest:
 
 @contextmanager
 def watch_signals(
-    *, grace_seconds: float, step_timeout_seconds: float, stop_file: Path | None = None
+    *,
+    grace_seconds: float,
+    step_timeout_seconds: float,
+    stop_file: Path | None = None,
+    peers: "Peers | None" = None,
 ) -> Iterator[StopRequest]:
     """Watch for stop signals, a vanished launcher, the stop file and hangs while the block runs.
 
@@ -99,6 +112,7 @@ def watch_signals(
         grace_seconds: from a request to a forced exit when the loop does not acknowledge it.
         step_timeout_seconds: longest time between two heartbeats.
         stop_file: the run folder's STOP file, on rank 0 only; one that is left from before is deleted.
+        peers: the ranks of the job, among which a process that is ended looks for the one that it waited for.
     """
     if stop_file is not None:
         stop_file.unlink(missing_ok=True)
@@ -107,10 +121,11 @@ def watch_signals(
     watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     former_handlers = {number: signal.signal(number, _do_nothing) for number in watched}
     former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = _Watcher(request, reader, grace_seconds, step_timeout_seconds)
+    thread = _Watcher(request, reader, grace_seconds, step_timeout_seconds, peers)
     thread.start()
     try:
-        yield request
+        with peers.giving_signs(lambda: request.heartbeats) if peers else nullcontext():
+            yield request
     finally:
         signal.set_wakeup_fd(former_descriptor)
         for number, handler in former_handlers.items():
@@ -122,12 +137,20 @@ def watch_signals(
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, request: StopRequest, reader: int, grace_seconds: float, step_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        request: StopRequest,
+        reader: int,
+        grace_seconds: float,
+        step_timeout_seconds: float,
+        peers: "Peers | None",
+    ) -> None:
         super().__init__(name="signals", daemon=True)
         self._request = request
         self._reader = reader
         self._grace_seconds = grace_seconds
         self._step_timeout_seconds = step_timeout_seconds
+        self._peers = peers
         self._launchers = _launchers()
         self._first_seen: dict[int, float] = {}
 
@@ -141,7 +164,7 @@ class _Watcher(threading.Thread):
             if _launchers() != self._launchers:
                 self._request.request("the launcher has gone")
             if problem := self._request.overdue(self._grace_seconds, self._step_timeout_seconds):
-                _end_process(problem)
+                _end_process(problem, self._peers)
 
     def _on_signal(self, number: int) -> None:
         if number not in STOP_SIGNALS:
@@ -149,7 +172,7 @@ class _Watcher(threading.Thread):
         name = signal.Signals(number).name
         now = time.monotonic()
         if now - self._first_seen.setdefault(number, now) >= REPEAT_SECONDS:
-            _end_process(f"{name} for the second time")
+            _end_process(f"{name} for the second time", self._peers)
         self._request.request(name)
 
 
@@ -170,10 +193,17 @@ def _do_nothing(number: int, frame: FrameType | None) -> None:
     """A handler must exist for the interpreter to write the signal's number to the wake-up pipe."""
 
 
-def _end_process(reason: str) -> NoReturn:
-    """Write the reason and all stacks, then end without any cleanup, which could hang as well."""
+def _end_process(reason: str, peers: "Peers | None") -> NoReturn:
+    """Write the reason and all stacks, name the rank that was waited for, then end without any cleanup.
+
+    Cleanup could hang as well, and so could the file system through which the peers are known.
+    """
     # Raw writes: the main thread may be stuck holding the lock of sys.stderr.
     rank = os.environ.get("RANK", "0")
     os.write(2, f"rank {rank}: {reason}; ending with 75\n".encode())
     faulthandler.dump_traceback(file=2, all_threads=True)
+    if peers is not None:
+        testimony = threading.Thread(target=peers.testify, args=(reason,), daemon=True)
+        testimony.start()
+        testimony.join(TESTIMONY_SECONDS)
     os._exit(EXIT_RETRY)
