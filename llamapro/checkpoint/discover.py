@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llamapro import console
 from llamapro.checkpoint.folder import Checkpoint, check_digest, open_checkpoint, read_checked_manifest, read_checkpoint
-from llamapro.checkpoint.layout import QUARANTINE, parse_folder_name, pointer_path, read_pointer
+from llamapro.checkpoint.layout import QUARANTINE, parse_folder_name, pointer_path, pointer_text, read_pointer
 from llamapro.config.root import RunConfig
 from llamapro.errors import Corrupted, UserError
 from llamapro.files.atomic import STAGING, TRASH, fsync_folder, remove_leftovers, remove_tree, write_atomic
@@ -43,10 +43,10 @@ def find_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
         root: the run's checkpoints folder; it need not exist.
 
     Raises:
-        Corrupted: there are checkpoints, but none is valid.
+        Corrupted: there are checkpoints, but none is valid; or there are none any more.
         UserError: the folder can't be read.
     """
-    names, quarantined = _candidates(root, ranks)
+    names, quarantined, pointed = _candidates(root, ranks)
     problems: dict[str, str] = {}
     for name in names:
         checkpoint, problem = _check_together(root.absolute() / name, ranks)
@@ -58,6 +58,11 @@ def find_checkpoint(root: Path, ranks: Ranks) -> Checkpoint | None:
         problems[name] = problem
     if problems or quarantined:
         raise Corrupted(_refusal(root, problems, quarantined))
+    if pointed:
+        raise Corrupted(
+            f"{pointer_path(root)} says {pointed}, so the run has had checkpoints, but {root} has none; bring them "
+            f"back, or move {pointer_path(root)} away to start afresh"
+        )
     return None
 
 
@@ -112,22 +117,25 @@ def newest_of_every(listed: Sequence[Listed], steps: int | None) -> Path | None:
     return next((one.folder for one in listed if steps is not None and one.step % steps == 0), None)
 
 
-def _candidates(root: Path, ranks: Ranks) -> tuple[list[str], list[str]]:
-    """Names of checkpoint folders, newest first, and of quarantined ones: what rank 0 sees after cleaning up."""
+def _candidates(root: Path, ranks: Ranks) -> tuple[list[str], list[str], str]:
+    """What rank 0 sees after cleaning up: names of checkpoint folders, newest first, of quarantined ones, and where
+    there are none what the pointer says: it is written only after a checkpoint.
+    """
     names: list[str] = []
     quarantined: list[str] = []
-    problem = ""
+    pointed = problem = ""
     if ranks.rank == 0:
         try:
             _clear_leftovers(root)
             names = [folder.name for folder in _newest_first(root)]
             quarantined = [folder.name for folder in set_aside(root)]
+            pointed = "" if names or quarantined else pointer_text(root)
         except OSError as error:
             problem = str(error)
-    names, quarantined, problem = ranks.broadcast_json([names, quarantined, problem])
+    names, quarantined, pointed, problem = ranks.broadcast_json([names, quarantined, pointed, problem])
     if problem:
         raise UserError(f"{root} can't be searched for checkpoints: {problem}; check run.folder and its permissions")
-    return names, quarantined
+    return names, quarantined, pointed
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
@@ -199,7 +207,8 @@ def _refusal(root: Path, problems: dict[str, str], quarantined: list[str]) -> st
     lines = [f"{root} has checkpoints, but no valid one; the run is not started afresh over them:"]
     lines += [f"  - {problem}" for problem in problems.values()]
     lines += [f"  - {name} was set aside before" for name in quarantined]
-    return "\n".join([*lines, f"restore a valid checkpoint, or move {root} away to start afresh"])
+    out = f"restore a valid checkpoint, or move {root} away, and {pointer_path(root)} too, to start afresh"
+    return "\n".join([*lines, out])
 
 
 def _clear_leftovers(root: Path) -> None:

@@ -125,6 +125,14 @@ def pointer_path(root: Path) -> Path:
     return root.parent / POINTER_NAME
 
 
+def pointer_text(root: Path) -> str:
+    """What the pointer says, whatever it is; empty only when there is no pointer."""
+    path = pointer_path(root)
+    if not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace").strip() or "nothing"
+
+
 def read_pointer(root: Path) -> Path | None:
     """The folder the pointer names, or None when it is missing, unreadable or names no checkpoint."""
     try:
