@@ -119,11 +119,13 @@ class RunLock:
             self._path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Stop a process that lost its lease while it could not renew it.
+        """Stop a process that lost its lease while it could not renew it: the lease itself is looked at.
 
         Raises:
             CheckFailed: the lease is another process's, or gone.
         """
+        if self._lost is None:
+            self._lost = self._loss()
         if self._lost is not None:
             raise CheckFailed(f"this process lost the run lock: {self._lost}; it must not write there any more")
 
@@ -161,18 +163,24 @@ class RunLock:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._renew_seconds):
-            try:
-                holder = _read(self._path)
-                if holder is not None and holder.token == self._owner.token:
-                    os.utime(self._path)
-                    continue
-                self._lost = f"{self._path} now belongs to {holder or 'an unreadable lease'}"
-            except FileNotFoundError:
-                self._lost = f"{self._path} was removed"
-            except OSError:
-                # The file system is away for a moment; others see the lease age and free it after 5 minutes.
-                continue
-            return
+            self._lost = self._lost or self._loss()
+            if self._lost is not None:
+                return
+            # The file system may be away for a moment; others see the lease age and free it after 5 minutes.
+            with suppress(OSError):
+                os.utime(self._path)
+
+    def _loss(self) -> str | None:
+        """Why the lease is this process's no longer; None while it is, or can't be read for a moment."""
+        try:
+            holder = _read(self._path)
+        except FileNotFoundError:
+            return f"{self._path} was removed"
+        except OSError:
+            return None
+        if holder is not None and holder.token == self._owner.token:
+            return None
+        return f"{self._path} now belongs to {holder or 'an unreadable lease'}"
 
 
 def _read(path: Path) -> LeaseOwner | None:
