@@ -31,7 +31,7 @@ from llamapro.training.live_record import record_in_memory
 from llamapro.training.metrics import MetricsLog, cut_back
 from llamapro.training.preflight import Facts
 from llamapro.training.progress import Progress
-from llamapro.training.resume import ResumeDecision, RunIdentity, decide_resume
+from llamapro.training.resume import ResumeDecision, RunIdentity, architecture_digest, decide_resume
 from llamapro.training.session import Session
 from llamapro.training.signals import StopRequest
 from llamapro.training.sources import configured_blend, open_stream, open_validation_sets, resolved_steps
@@ -136,6 +136,7 @@ def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdent
     trainable = facts.trainable
     return RunIdentity(
         model=facts.record.digest() if facts.record else model_digest(facts.model_folder),
+        architecture=architecture_digest(facts.model_config),
         trainable="all" if trainable.everything else ",".join(map(str, sorted(trainable.blocks))),
         seed=config.run.seed,
         sequence_length=config.data.sequence_length,

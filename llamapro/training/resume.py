@@ -5,14 +5,17 @@ The engine, micro batch, world size, logging, checkpoint and validation settings
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 
+import orjson
 from pydantic import BaseModel, ConfigDict
 
 from llamapro.config.schedule import ScheduleConfig
 from llamapro.errors import ConfigError
 from llamapro.training.schedule import decay_start
 
+SAYS_NOTHING_OF_THE_FUNCTION = {"llamapro", "transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 NEW_RUN = "start a new run folder with checkpoint.start_from pointing at this run's checkpoint instead"
 
 
@@ -21,6 +24,7 @@ class RunIdentity(BaseModel):
 
     Attributes:
         model: digest of the model's weights that the run does not train, or of all of them where it trains them all.
+        architecture: `architecture_digest` of its config.json; empty in checkpoints that don't say.
         trainable: names of what trains: "all", or the block indices.
         sources: dataset fingerprint by source name.
         shares: weight, or repeat, by source name; `share_kind` says which.
@@ -30,6 +34,7 @@ class RunIdentity(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
+    architecture: str = ""
     trainable: str
     seed: int
     sequence_length: int
@@ -55,6 +60,12 @@ class ResumeDecision:
 
     events: tuple[str, ...]
     new_stage: bool
+
+
+def architecture_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what config.json says of the function that the model computes."""
+    stated = {key: value for key, value in config.items() if key not in SAYS_NOTHING_OF_THE_FUNCTION}
+    return sha256(orjson.dumps(stated, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def decide_resume(stored: RunIdentity, now: RunIdentity, step: int, accept: Sequence[str]) -> ResumeDecision:
@@ -95,10 +106,13 @@ def _fixed(stored: RunIdentity, now: RunIdentity) -> list[str]:
         "packing": "data.packing",
         "share_kind": "data.sources: the kind of share (weight or repeat)",
     }
+    changed = [field for field in names if getattr(stored, field) != getattr(now, field)]
+    if stored.architecture and stored.architecture != now.architecture:
+        names["architecture"] = "model.path: the model's config.json"
+        changed.append("architecture")
     return [
-        f"{label} changed from {getattr(stored, field)} to {getattr(now, field)}; change it back, or {NEW_RUN}"
-        for field, label in names.items()
-        if getattr(stored, field) != getattr(now, field)
+        f"{names[field]} changed from {getattr(stored, field)} to {getattr(now, field)}; change it back, or {NEW_RUN}"
+        for field in changed
     ]
 
 
