@@ -73,7 +73,7 @@ def test_what_the_makefile_installs_is_pinned() -> None:
     extras = project["optional-dependencies"]
     wanted = [
         *project["dependencies"],
-        *(name for extra in ("dev", "quickstart", "gguf", "fast", "mpi") for name in extras[extra]),
+        *(name for extra in ("dev", "eval", "quickstart", "gguf", "fast", "mpi") for name in extras[extra]),
     ]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
