@@ -115,8 +115,8 @@ def read_checkpoint(folder: Path, manifest: Manifest) -> Checkpoint:
     state = _read(folder / STATE_NAME, SavedState)
     index = _read(folder / INDEX_NAME, Index)
     named = parse_folder_name(folder.name)
-    steps = {state.step, manifest.facts.get("step")} | ({named[0]} if named else set())
-    if len(steps) > 1:
+    steps = [state.step, manifest.facts.get("step"), *([named[0]] if named else [])]
+    if any(step != state.step for step in steps):
         raise Corrupted(f"{folder}: name, manifest and {STATE_NAME} disagree about the step ({steps})")
     if state.format_version != FORMAT_VERSION:
         raise Corrupted(f"{folder / STATE_NAME} has format version {state.format_version}, expected {FORMAT_VERSION}")

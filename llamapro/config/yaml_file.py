@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> YamlMapping:
     if not isinstance(values, dict):
         raise UserError(f"{path} must be a mapping of sections (run:, model:, data:, …); it is {_kind(values)}")
     lines: dict[KeyPath, int] = {}
-    _collect_lines(node, (), lines)
+    _collect_lines(node, (), lines, set())
     return YamlMapping(values, lines)
 
 
@@ -59,8 +59,10 @@ def _parse(text: str, path: Path) -> tuple[Any, Node | None]:
         return YAML(typ="safe", pure=True).load(text), YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
         raise UserError(f"{path}, line {_line(error)}: {_reason(error)}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # such as a date of the 40th of a month
         raise UserError(f"{path} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not a configuration: it is nested too deeply") from error
 
 
 def _line(error: MarkedYAMLError) -> int:
@@ -81,13 +83,20 @@ def _kind(value: Any) -> str:
     return {"list": "a list", "str": "text"}.get(type(value).__name__, f"a {type(value).__name__}")
 
 
-def _collect_lines(node: Node | None, path: KeyPath, lines: dict[KeyPath, int]) -> None:
+def _collect_lines(node: Node | None, path: KeyPath, lines: dict[KeyPath, int], seen: set[int]) -> None:
+    """Note the line of each key and item; what is used in several places, by the first of them.
+
+    Aliases may make a short text an endless one, so no node is looked at twice.
+    """
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, MappingNode):
         for key, value in node.value:
             if isinstance(key, ScalarNode):
                 lines[(*path, key.value)] = key.start_mark.line + 1
-                _collect_lines(value, (*path, key.value), lines)
+                _collect_lines(value, (*path, key.value), lines, seen)
     elif isinstance(node, SequenceNode):
         for index, value in enumerate(node.value):
             lines[(*path, str(index))] = value.start_mark.line + 1
-            _collect_lines(value, (*path, str(index)), lines)
+            _collect_lines(value, (*path, str(index)), lines, seen)

@@ -238,4 +238,7 @@ def _compact_copy(path: Path) -> Any:
         config = orjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise Corrupted(f"{path} can't be read: {error}") from error
-    return config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    copy = config.get(CONFIG_KEY) if isinstance(config, dict) else None
+    if copy is not None and not isinstance(copy, dict):
+        raise Corrupted(f"{path}: what stands under {CONFIG_KEY!r} is no copy of a record")
+    return copy
