@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import llamapro
 from llamapro import console
@@ -23,7 +24,7 @@ from llamapro.evaluation.text import TextScore, evaluate_text
 from llamapro.expansion.record import read_record
 from llamapro.files.tensors import FLOAT_DTYPES, TensorFolder
 from llamapro.modeling.build import build_model
-from llamapro.modeling.model import LossOutput
+from llamapro.modeling.model import LanguageModel, LossOutput
 from llamapro.modeling.trainable import TrainableSet
 from llamapro.ranks import Ranks
 
@@ -76,13 +77,13 @@ def measure(folder: Path, name: str, sets: Sequence[TextSet], settings: Settings
     """
     dtype = compute_dtype(folder, settings.precision)
     digest = model_digest(folder)
-    keys = {text.name: _key(text, digest, dtype, settings) for text in sets}
+    keys = {text.name: measurement_key(text, digest, dtype, settings) for text in sets}
     stored = {text.name: stored_measurement(store, keys[text.name]) for text in sets}
     missing = [text for text in sets if stored[text.name] is None]
     keep = partial(_keep, store, keys)
     fresh = _score(folder, name, missing, dtype, settings, keep)
     scores = {text.name: fresh.get(text.name) or _present(stored[text.name]) for text in sets}
-    results = {text.name: _set_result(text, keys[text.name], scores[text.name]) for text in sets}
+    results = {text.name: set_result(text, scores[text.name]) for text in sets}
     return Measured(ModelResult(name=name, digest=digest, sets=results), scores)
 
 
@@ -108,7 +109,13 @@ def program_versions() -> dict[str, str]:
     return {"llamapro": llamapro.__version__} | {name: version(name) for name in ("torch", "transformers")}
 
 
-def _key(text: TextSet, digest: str, dtype: str, settings: Settings) -> MeasurementKey:
+def measurement_key(text: TextSet, digest: str, dtype: str, settings: Settings) -> MeasurementKey:
+    """What fixes a model's score on a text.
+
+    Args:
+        digest: of the model, and of what is changed about it.
+        dtype: computed in, as `compute_dtype` says.
+    """
     return MeasurementKey(
         model_digest=digest,
         dataset_fingerprint=text.dataset.fingerprint,
@@ -131,8 +138,8 @@ def _score(
 ) -> dict[str, TextScore]:
     if not sets:
         return {}
-    loss = _loss_of(folder, dtype, settings.device)
-    batches = {text.name: _batches(text, settings) for text in sets}
+    loss = loss_of(load_model(folder, dtype, settings.device), settings.device)
+    batches = {text.name: text_batches(text, settings) for text in sets}
     rows = sum(len(row_bytes) for set_batches in batches.values() for _, row_bytes in set_batches)
     scores = {}
     with console.progress(f"evaluating {name}", rows, "rows") as advance:
@@ -142,14 +149,24 @@ def _score(
     return scores
 
 
-def _loss_of(folder: Path, dtype: str, device: torch.device) -> Callable[[Batch], LossOutput]:
-    model = build_model(
+def load_model(folder: Path, dtype: str, device: torch.device) -> LanguageModel:
+    """A model folder, ready to be scored.
+
+    Raises:
+        ModelRefused: it can't be built; says why.
+        Corrupted: a base tensor differs from the model's record; names it.
+    """
+    return build_model(
         folder,
         dtype=getattr(torch, dtype),
         device=device,
         trainable=TrainableSet.of(()),
         record=read_record(folder),
     )
+
+
+def loss_of(model: LanguageModel, device: torch.device) -> Callable[[Batch], LossOutput]:
+    """A model's forward pass, as `evaluate_text` takes it."""
 
     def loss(batch: Batch) -> LossOutput:
         arrays = (batch.input_ids, batch.labels, batch.position_ids)
@@ -159,15 +176,20 @@ def _loss_of(folder: Path, dtype: str, device: torch.device) -> Callable[[Batch]
     return loss
 
 
-def _batches(text: TextSet, settings: Settings) -> Batches:
+def text_batches(text: TextSet, settings: Settings) -> Batches:
+    """The rows of a text that are scored, with the UTF-8 bytes of each."""
     rows = max(1, TOKENS_PER_BATCH // settings.sequence_length)
     batches = heldout_batches(text.dataset, settings.sequence_length, settings.sequences, rows, text.split)
-    return [_scored_rows(batch, row_bytes) for batch, row_bytes in batches if batch.valid_tokens]
-
-
-def _scored_rows(batch: Batch, row_bytes: Sequence[float]) -> tuple[Batch, Sequence[float]]:
     # The last batch is filled up with rows of padding, which one process alone need not compute.
-    kept = np.flatnonzero((batch.labels != IGNORED).any(axis=1))
+    return [
+        chosen_rows(batch, row_bytes, np.flatnonzero((batch.labels != IGNORED).any(axis=1)))
+        for batch, row_bytes in batches
+        if batch.valid_tokens
+    ]
+
+
+def chosen_rows(batch: Batch, row_bytes: Sequence[float], kept: NDArray[np.intp]) -> tuple[Batch, Sequence[float]]:
+    """Some rows of a batch, with the UTF-8 bytes of each."""
     scored = replace(
         batch,
         input_ids=batch.input_ids[kept],
@@ -187,10 +209,11 @@ def _present(score: TextScore | None) -> TextScore:
     return score
 
 
-def _set_result(text: TextSet, key: MeasurementKey, score: TextScore) -> SetResult:
+def set_result(text: TextSet, score: TextScore) -> SetResult:
+    """A score as results.json has it."""
     return SetResult(
         dataset=text.given,
-        dataset_fingerprint=key.dataset_fingerprint,
+        dataset_fingerprint=text.dataset.fingerprint,
         split=text.split,
         loss=score.loss,
         loss_half_width=score.loss_half_width,

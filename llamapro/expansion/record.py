@@ -24,7 +24,7 @@ _OUTSIDE_DIGEST: Mapping[str, Any] = {
     "trained": True,
     "tool_version": True,
     "request": True,
-    "lineage": {"__all__": {"request": True}},
+    "lineage": {"__all__": {"request": True, "trained": {"strengths": True}}},
 }
 
 
@@ -56,11 +56,13 @@ class Trained(_Frozen):
 
     Attributes:
         digests: SHA-256 of trained tensors as `export` wrote them, by name: what an export proves about its own part.
+        strengths: by block, the share of what training made of it that `export` wrote, where that is not all of it.
     """
 
     blocks: tuple[int, ...] = ()
     tensors: tuple[str, ...] = ()
     digests: dict[str, str] = {}
+    strengths: dict[str, float] = {}
 
 
 class ImportanceSummary(_Frozen):

@@ -34,6 +34,7 @@ from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import CONFIG_KEY, CONFIG_NAME, RECORD_NAME, ExpansionRecord, TensorDigest, read_record
 from llamapro.expansion.source import HARMLESS_PRIVATE_FIELDS, read_config
 from llamapro.expansion.streams import Advance, counted, in_parallel, observed, sha256_of
+from llamapro.expansion.strength import described
 from llamapro.expansion.zero_rule import zero_rule_problems
 from llamapro.files.tensors import DTYPE_BYTES, RunningDigest, TensorFolder, cast_chunks
 
@@ -225,7 +226,10 @@ def _check_trained(model: _Model) -> RuleResult:
         if name not in known
     ]
     problems += _differing(model, exported, "differs from what was exported (SHA-256)")
-    return RuleResult("trained tensors are bit-identical to what was exported", len(exported), tuple(problems))
+    rule = "trained tensors are bit-identical to what was exported"
+    if shares := described({int(block): share for block, share in model.record.trained.strengths.items()}):
+        rule += f", new blocks at strength {shares}"
+    return RuleResult(rule, len(exported), tuple(problems))
 
 
 def _check_against_base(model: _Model, base: TensorFolder) -> RuleResult:

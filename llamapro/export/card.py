@@ -28,6 +28,7 @@ class CardFacts:
         step: optimizer steps behind the exported weights.
         unchanged: base tensors that are bit-identical to the base as written by the expansion.
         license_files: copied from the base.
+        strength: of new blocks that are not as training left them, in words; "" where all are.
     """
 
     architecture: str
@@ -36,6 +37,7 @@ class CardFacts:
     step: int
     unchanged: int
     license_files: tuple[str, ...]
+    strength: str = ""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -45,7 +47,8 @@ def model_card(facts: CardFacts) -> str:
         _introduction(facts),
         _recipe(facts),
         _data(facts.history),
-        _results(facts.history),
+        _strength(facts.strength),
+        _results(facts.history, facts.strength),
         _unchanged(facts),
         _use(facts.architecture),
         _license(facts),
@@ -122,10 +125,19 @@ def _data(history: History | None) -> str:
     return "## Training data\n\n" + _table(("source", "share", "licence"), rows)
 
 
-def _results(history: History | None) -> str:
+def _strength(strength: str) -> str:
+    if not strength:
+        return ""
+    return (
+        "## Strength\n\nThe matrices (or norms) through which the new blocks write to the residual stream are scaled: "
+        f"at strength 0 the model is its base, at 1 what training made of it. Here it is {strength}."
+    )
+
+
+def _results(history: History | None, strength: str) -> str:
     if history is None:
         return ""
-    parts = []
+    parts = ["Measured at strength 1, not at that of this model:"] if strength else []
     if scores := history.before_after():
         rows = [
             (s.name, f"{s.before.bits_per_byte:.4f}", f"{s.after.bits_per_byte:.4f}", f"{s.change:+.1%}")
@@ -142,7 +154,7 @@ def _results(history: History | None) -> str:
             f"`llamapro evaluate` of {_shown_name(history.evaluation.model.name)}:\n\n"
             + _table(("text", "bits per byte", "tokens"), measured)
         )
-    return "## Results\n\n" + "\n\n".join(parts) if parts else ""
+    return "## Results\n\n" + "\n\n".join(parts) if parts[bool(strength) :] else ""
 
 
 def _shown_name(model: str) -> str:

@@ -6,7 +6,7 @@ Streamed: memory stays constant. The output appears whole or not at all. No trai
 import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from llamapro.checkpoint.tensors import CheckpointTensors
 from llamapro.errors import UserError
 from llamapro.expansion.record import CONFIG_NAME, ExpansionRecord, write_record
 from llamapro.expansion.source import companion_files, read_config, resolve_model
+from llamapro.expansion.strength import Strengths, described
 from llamapro.export.card import CARD_NAME, CardFacts, license_files, model_card
-from llamapro.export.carry import WrittenTensor, carried_config, carried_record
+from llamapro.export.carry import carried_config, carried_record, trained_record
 from llamapro.export.delta import FILES, TENSORS, open_delta, rebuilt_tensors, write_index
 from llamapro.export.history import read_history
 from llamapro.export.source import TrainedSource, find_trained, is_delta
+from llamapro.export.strength import StrengthRequest, at_strengths, scaled_names
 from llamapro.export.tensors import OUTPUT_DTYPES, ExportTensor, merged_tensors, planned_bytes, write_tensors
 from llamapro.files.atomic import require_free_target, staged_folder
 from llamapro.files.disk import require_free_space
@@ -27,6 +29,7 @@ from llamapro.files.tensors import TensorFolder
 
 # Headers, config, record, tokenizer, card: more than they ever take.
 SMALL_FILES_BYTES = 64 << 20
+AS_TRAINED = StrengthRequest()
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ExportSummary:
         unchanged: base tensors proved bit-identical to the record while they were copied.
         bytes: of the tensors written.
         step: optimizer steps behind the weights; None when they came from a delta.
+        strengths: of the blocks that are not written as training left them.
     """
 
     folder: Path
@@ -46,6 +50,7 @@ class ExportSummary:
     unchanged: int
     bytes: int
     step: int | None
+    strengths: Strengths = field(default_factory=dict)
 
 
 def export(
@@ -57,6 +62,7 @@ def export(
     dtype: str = "keep",
     delta: bool = False,
     overwrite: bool = False,
+    strength: StrengthRequest = AS_TRAINED,
 ) -> ExportSummary:
     """Write `out` from a run folder, a checkpoint or a delta.
 
@@ -66,6 +72,7 @@ def export(
         dtype: "keep" (the model folder's), "bf16" or "float32", for all float tensors; masters are rounded to nearest
             even, and stay as they are in float32.
         delta: write only what differs from the base.
+        strength: of the new blocks.
 
     Raises:
         UserError: arguments that don't fit, no disk space, or an `out` that exists.
@@ -77,6 +84,7 @@ def export(
         _refuse(dtype != "keep", f"--dtype {dtype}: a delta has the dtype that it was exported with")
         _refuse(delta, f"{source} is a delta already; leave --delta out")
         _refuse(model is not None, "--model: a delta is rebuilt from its base; pass --base")
+        _refuse(strength != AS_TRAINED, "--strength: a delta has the strength that it was exported with")
         if base is None:
             made_from = open_delta(source).index.base_id
             raise UserError(f"{source} is a delta: pass what it was made from, {made_from}, as --base")
@@ -86,7 +94,7 @@ def export(
     _refuse(out.resolve() == trained.model.resolve(), f"{out} is the model folder itself; choose another folder")
     if delta and trained.record is None:
         raise UserError(f"{trained.model} was never expanded, so there is no base for --delta; export it whole")
-    return _merge(trained, out, dtype, delta, overwrite)
+    return _merge(trained, out, dtype, delta, overwrite, strength)
 
 
 def _refuse(condition: bool, message: str) -> None:
@@ -94,9 +102,14 @@ def _refuse(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _merge(trained: TrainedSource, out: Path, dtype: str, delta: bool, overwrite: bool) -> ExportSummary:
+def _merge(
+    trained: TrainedSource, out: Path, dtype: str, delta: bool, overwrite: bool, request: StrengthRequest
+) -> ExportSummary:
     masters = CheckpointTensors(trained.checkpoint)
-    tensors = merged_tensors(TensorFolder.open(trained.model), trained.record, masters, dtype)
+    record = trained_record(trained.record, masters.names()) if trained.record else None
+    strengths = request.resolved(record)
+    merged = merged_tensors(TensorFolder.open(trained.model), trained.record, masters, dtype)
+    tensors = at_strengths(merged, record, strengths)
     nbytes = planned_bytes(tensors, only_own=delta)
     require_free_space(out, nbytes + SMALL_FILES_BYTES, "the export")
     with staged_folder(out, overwrite=overwrite) as staging:
@@ -105,23 +118,28 @@ def _merge(trained: TrainedSource, out: Path, dtype: str, delta: bool, overwrite
         weights, files = (staging / TENSORS, staging / FILES) if delta else (staging, staging)
         with _bar(planned_bytes(tensors)) as advance:
             written = write_tensors(weights, tensors, advance, only_own=delta)
-        _write_files(files, trained, masters.names(), written, tensors, OUTPUT_DTYPES[dtype])
+        if record is not None:
+            record = carried_record(record, scaled_names(tensors, record, strengths), written, strengths)
+        _write_files(files, trained, record, tensors, OUTPUT_DTYPES[dtype], _strength_text(strengths, request.reason))
         if delta:
             assert trained.record is not None
             write_index(staging, tensors, written, trained.record)
-    return _summary(out, tensors, nbytes, trained.checkpoint.step)
+    return replace(_summary(out, tensors, nbytes, trained.checkpoint.step), strengths=strengths)
+
+
+def _strength_text(strengths: Strengths, reason: str) -> str:
+    return f"{described(strengths)}{f': {reason}' if reason else ''}" if strengths else ""
 
 
 def _write_files(
     folder: Path,
     trained: TrainedSource,
-    trained_names: Sequence[str],
-    written: dict[str, WrittenTensor],
+    record: ExpansionRecord | None,
     tensors: Sequence[ExportTensor],
     dtype: str | None,
+    strength: str,
 ) -> None:
     """Everything of the export that is no tensor: companions, record, config.json, card."""
-    record = carried_record(trained.record, trained_names, written) if trained.record else None
     companions = companion_files(trained.model)
     for path in companions:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +148,8 @@ def _write_files(
         write_record(folder, record)
     config = read_config(trained.model)
     (folder / CONFIG_NAME).write_text(carried_config(config, record, dtype), encoding="utf-8")
-    card = model_card(_card_facts(trained, record, config, tensors, license_files(companions)))
+    facts = _card_facts(trained, record, config, tensors, license_files(companions))
+    card = model_card(replace(facts, strength=strength))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
