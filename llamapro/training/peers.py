@@ -29,6 +29,7 @@ LATE_SIGNS = 3
 """A rank is missing when it has given no sign for as many times the interval."""
 SEARCH_SECONDS = 2.0
 """The system closes a killed process's connections a moment before the process is gone."""
+READ_ATTEMPTS = 5
 COMMUNICATION = ("torch/distributed/", "deepspeed/comm/")
 # torch reports lost connections and timeouts of both libraries as RuntimeError; the text names the library.
 FAULTS_OF_COMMUNICATION = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
@@ -71,11 +72,23 @@ class Peers:
 
     @classmethod
     def meet(cls, folder: RunFolder, ranks: Ranks, interval_seconds: float = SIGN_SECONDS) -> Self:
-        """Give the first sign; collective, so that no sign of an earlier start is read from then on."""
+        """Give the first sign; collective, so that no sign of an earlier start is read from then on.
+
+        Raises:
+            PeerLost: a rank was lost before all had met.
+        """
         peers = cls(folder, ranks.rank, ranks.world_size, interval_seconds)
         folder.logs.mkdir(parents=True, exist_ok=True)
         peers.give_sign()
-        ranks.barrier()
+        try:
+            ranks.barrier()
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise PeerLost(
+                f"a peer was lost before all ranks had met ({_first_line(error)}); the same command continues from the "
+                "last checkpoint"
+            ) from error
         return peers
 
     @contextmanager
@@ -113,13 +126,17 @@ class Peers:
             with suppress(OSError):
                 self._folder.rank_sign(self._rank).write_bytes(sign.model_dump_json().encode())
 
+    def lost(self) -> dict[int, str]:
+        """What became of the other ranks that are gone, have ended or give no sign: a sentence by rank."""
+        self.give_sign()
+        signs = {rank: self._read(rank) for rank in range(self._world_size) if rank != self._rank}
+        return {rank: text for rank, sign in signs.items() if (text := self._loss(rank, sign))}
+
     def missing(self) -> dict[int, str]:
         """What keeps the others waiting: a sentence by rank; empty when all live, are as far, and wait alike."""
-        self.give_sign()
-        signs = {rank: self._read(rank) for rank in range(self._world_size)}
-        others = {rank: sign for rank, sign in signs.items() if rank != self._rank}
-        found = {rank: text for rank, sign in others.items() if (text := self._loss(rank, sign))}
-        return found or _behind({rank: sign for rank, sign in signs.items() if sign is not None})
+        lost = self.lost()  # gives this rank's sign, too
+        signs = {rank: sign for rank in range(self._world_size) if (sign := self._read(rank)) is not None}
+        return lost or _behind(signs)
 
     def testify(self, reason: str) -> None:
         """Before this process is ended: write whom it waited for to standard error, and all of it to the rank's log."""
@@ -132,15 +149,14 @@ class Peers:
 
     def loss(self, error: BaseException) -> LlamaproError:
         """How this rank ends whose peer was lost: as that peer ended if it said so, else to be tried again."""
-        missing, deadline = self.missing(), time.monotonic() + SEARCH_SECONDS
-        while not any(map(self._is_lost, missing)) and time.monotonic() < deadline:
+        lost, deadline = self.lost(), time.monotonic() + SEARCH_SECONDS
+        while not lost and time.monotonic() < deadline:
             time.sleep(0.05)
-            missing = self.missing()
-        cause = "\n".join(missing.values()) or "which one is not known yet"
-        self.write_log(
-            "\n".join([f"a peer was lost: {cause}", traceback.format_exc(), *map(self._last_stack, missing)])
-        )
-        codes = {sign.exit_code for rank in missing if (sign := self._read(rank)) is not None and sign.end}
+            lost = self.lost()
+        cause = "\n".join(lost.values()) or "which one is not known yet"
+        stacks = map(self._last_stack, lost)
+        self.write_log("\n".join([f"a peer was lost: {cause}", traceback.format_exc(), *stacks]))
+        codes = {sign.exit_code for rank in lost if (sign := self._read(rank)) is not None and sign.end}
         kinds: dict[int, type[LlamaproError]] = {EXIT_CHECK_FAILED: CheckFailed, EXIT_USAGE: UserError}
         kind = next((kinds[code] for code in codes if code in kinds), PeerLost)
         retry = "; the same command continues from the last checkpoint" if kind is PeerLost else ""
@@ -174,20 +190,21 @@ class Peers:
             )
         return ""
 
-    def _is_lost(self, rank: int) -> bool:
-        return rank != self._rank and bool(self._loss(rank, self._read(rank)))
-
     def _age(self, rank: int) -> float:
         """Seconds since a rank's last sign by the file system's clock, on which this rank has just given its own."""
         times = (self._folder.rank_sign(one).stat().st_mtime for one in (self._rank, rank))
         return next(times) - next(times)
 
     def _read(self, rank: int) -> Sign | None:
-        """A rank's last sign; None when there is none, or when it is being written."""
-        try:
-            return Sign.model_validate_json(self._folder.rank_sign(rank).read_bytes())
-        except (OSError, ValidationError):
-            return None
+        """A rank's last sign; None when there is none. One that is just being written is waited for."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                return Sign.model_validate_json(self._folder.rank_sign(rank).read_bytes())
+            except ValidationError:
+                time.sleep(0.02)
+            except OSError:
+                break
+        return None
 
     def _last_stack(self, rank: int) -> str:
         sign = self._read(rank)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from llamapro.errors import CheckFailed, LlamaproError, PeerLost, RetryLater, UserError
 from llamapro.run_folder import RunFolder
+from llamapro.training import peers as peers_module
 from llamapro.training.peers import Peers, Sign, is_lost_peer, told_to_peers
 from tests.support.checkpoint import on_threads
 
@@ -121,6 +122,17 @@ def test_a_rank_ends_as_the_one_that_it_lost(folder: RunFolder, error: Exception
     assert "Connection closed by peer [127.0.0.1]:1234" in str(caught.value)
     log = folder.rank_log(0).read_text()
     assert "Traceback" in log and "most recent call first" in log and "last stack of rank 1" in log
+
+
+def test_where_nothing_is_known_of_the_lost_one_nobody_is_blamed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another machine has just lost its power: its signs are not late yet."""
+    monkeypatch.setattr(peers_module, "SEARCH_SECONDS", 0.1)
+    waiting(folder, 1)
+    with pytest.raises(PeerLost) as caught, told_to_peers(peers_of(folder)):
+        raise lost("Connection reset by peer [10.0.0.7]:4711")
+    assert "a peer was lost: which one is not known yet (Connection reset by peer [10.0.0.7]:4711)" in str(caught.value)
 
 
 def test_an_error_of_its_own_is_written_to_the_log_and_kept(folder: RunFolder) -> None:
