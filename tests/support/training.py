@@ -81,7 +81,7 @@ def run_training(ranks: Ranks, values: dict[str, Any], stop_before_step: int | N
         session, progress = open_run(ranks, values)
         stack.callback(session.metrics.close)
         if stop_before_step is not None:
-            session = replace(session, stop=_AskedBefore(session, stop_before_step))  # type: ignore[arg-type]
+            session = replace(session, stop=AskedBefore(session, stop_before_step))  # type: ignore[arg-type]
         train(session, progress)
     return read_metrics(session.folder.metrics_file)
 
@@ -127,7 +127,7 @@ def state_digest(run: Path, step: int | None = None) -> str:
     return state.hexdigest()
 
 
-class _AskedBefore:
+class AskedBefore:
     """A stop request that comes on rank 0 in the middle of a step's accumulation."""
 
     def __init__(self, session: Session, step: int) -> None:
@@ -136,11 +136,13 @@ class _AskedBefore:
         self.reason = ""
 
     def heartbeat(self) -> None:
-        if torch.is_grad_enabled():  # validation batches don't count
-            self._micro_batches -= 1
+        """Nothing to do: no watchdog runs."""
 
     @property
     def requested(self) -> bool:
+        """Asked once before each micro-batch, and while validating, which doesn't count."""
+        if torch.is_grad_enabled():
+            self._micro_batches -= 1
         asked = self._micro_batches <= 0 and self._session.ranks.rank == 0
         self.reason = "the test asks" if asked else ""
         return asked
