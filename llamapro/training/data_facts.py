@@ -39,7 +39,22 @@ def check_sources(config: RunConfig, model: ModelText | None, findings: Findings
         _check_tokenizer(f"{key}.path", dataset, model, findings)
         if dataset.split("train").tokens == 0:
             findings.problem(f"{key}.path", f"{source.path} has no training documents; all of them are held out")
+        _warn_of_long_conversations(f"{key}.path", dataset, config.data.sequence_length, findings)
     return opened
+
+
+def _warn_of_long_conversations(key: str, dataset: Dataset, sequence_length: int, findings: Findings) -> None:
+    if "chat_template" not in dataset.manifest.options:
+        return
+    shards = dataset.split("train").shards
+    lengths = findings.attempt(key, lambda: [shard.lengths() for shard in shards]) or []
+    if long := sum(int((one > sequence_length).sum()) for one in lengths):
+        findings.warn(
+            key,
+            f"{long:,} conversations are longer than data.sequence_length {sequence_length:,}: the rest of each is in "
+            "another sequence, without what came before; use longer sequences, or cut them with `llamapro data build "
+            f"--max-tokens {sequence_length}`",
+        )
 
 
 def check_validation_sets(
