@@ -3,6 +3,7 @@
 # make check          lint, format and types
 # make test-slow      full sweeps, minutes each
 # make test-cluster   real hosts, Slurm, images
+# make soak           short runs under random faults, an hour long (MINUTES=5 SEED=1)
 # make format         rewrite the code in the project's format
 # make clean          remove what these commands made: .venv, work/quickstart, caches
 .DEFAULT_GOAL := help
@@ -14,8 +15,10 @@ INSTALLED := .venv/.installed
 SOURCES := llamapro data_tools launch
 STEPS ?=
 PYTEST_ARGUMENTS ?=
+MINUTES ?= 60
+SEED ?=
 
-.PHONY: help install check format test test-slow test-cluster quickstart clean
+.PHONY: help install check format test test-slow test-cluster soak quickstart clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -54,6 +57,9 @@ test-slow: $(INSTALLED)
 # pytest ends with 5 when nothing is collected.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m "cluster" $(PYTEST_ARGUMENTS) || test $$? -eq 5
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m launch.quickstart $(if $(STEPS),--steps $(STEPS))
