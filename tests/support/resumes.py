@@ -23,6 +23,9 @@ CLOCKS = {"tokens_per_second_per_gpu", "memory_gib", "data_wait_fraction", "step
 StepRows = dict[int, list[str]]
 """By step, a digest of each row with target tokens that it was trained on, in the order of the sample stream."""
 
+Groups = list[tuple[float, float, float, tuple[int, ...]]]
+"""Learning rate, weight decay, second beta of each parameter group, and the update counts of the partitions."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -32,14 +35,14 @@ class Outcome:
         numbers: every value of every step's and every validation's line, clocks apart.
         rows: what it was trained on.
         state: digest of weights and moments after the last step; `optimizer_steps`: updates applied.
-        groups: hyper-parameters of each parameter group, and the step counts of its partitions, at the end.
+        groups: hyper-parameters and update counts at the end, on rank 0.
     """
 
     numbers: list[dict[str, Any]]
     rows: StepRows
     state: str
     optimizer_steps: int
-    groups: list[tuple[float, float, float, tuple[int, ...]]]
+    groups: Groups
 
 
 def outcome(pool: WorkerPool, values: dict[str, Any], world_size: int, fault: Any = None) -> Outcome:
@@ -98,7 +101,7 @@ def joined_rows(by_rank: list[StepRows]) -> StepRows:
 
 def _train_recorded(
     ranks: Ranks, values: dict[str, Any], before_step: int | None, fault: Any
-) -> tuple[StepRows, list[tuple[float, float, float, tuple[int, ...]]]]:
+) -> tuple[StepRows, Groups]:
     with fault() if fault is not None else nullcontext():
         session, progress = open_run(ranks, values)
         rows = _record_rows(session, progress.step)
@@ -133,14 +136,7 @@ def _digest(ids: torch.Tensor) -> str:
     return sha256(np.ascontiguousarray(ids.numpy()).tobytes()).hexdigest()[:16]
 
 
-def _groups(session: Session) -> list[tuple[float, float, float, tuple[int, ...]]]:
+def _groups(session: Session) -> Groups:
     optimizer = session.engine._optimizer
-    return [
-        (
-            group["lr"],
-            group["weight_decay"],
-            group["betas"][1],
-            tuple(sorted({int(optimizer.state[part]["step"]) for part in group["params"]})),
-        )
-        for group in optimizer.param_groups
-    ]
+    counts = tuple(sorted({int(state["step"]) for state in optimizer.state.values()}))
+    return [(group["lr"], group["weight_decay"], group["betas"][1], counts) for group in optimizer.param_groups]
