@@ -1,0 +1,121 @@
+"""lm-eval's scores through the sharing of requests, against a plain transformers loop with prompts written here."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamapro.cli.benchmarks import _load
+from llamapro.evaluation.benchmarks.archive import Archive
+from llamapro.evaluation.benchmarks.crew import Crew
+from llamapro.evaluation.benchmarks.measure import TaskSettings, evaluate_benchmarks
+from llamapro.evaluation.benchmarks.plan import plan_benchmarks
+from llamapro.evaluation.benchmarks.store import BenchmarkResults
+from llamapro.evaluation.benchmarks.suite import Benchmark
+from llamapro.ranks import Ranks
+from tests.support.benchmark_items import ARC, HELLASWAG, MBPP, PIQA, write_archive
+from tests.support.models import save_tiny_llama
+
+TASKS = ("arc_easy", "hellaswag", "piqa", "mbpp_bits_per_byte")
+
+
+class PlainScoring:
+    """Log-likelihoods by transformers alone, one text at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def log_likelihood(self, context: str, continuation: str) -> float:
+        whole = self.tokenizer(context + continuation)["input_ids"]
+        given = len(self.tokenizer(context)["input_ids"])
+        with torch.no_grad():
+            logits = self.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        return float(sum(logits[place - 1, whole[place]] for place in range(given, len(whole))))
+
+    def accuracies(self, questions: list[tuple[str, list[str], int]]) -> tuple[float, float]:
+        """acc and acc_norm (per character) of questions (prompt, choices, index of the right one)."""
+        right = right_per_character = 0
+        for prompt, choices, gold in questions:
+            found = [self.log_likelihood(prompt, f" {choice}") for choice in choices]
+            right += max(range(len(choices)), key=lambda one: found[one]) == gold
+            per_character = [value / len(choice) for value, choice in zip(found, choices, strict=True)]
+            right_per_character += max(range(len(choices)), key=lambda one: per_character[one]) == gold
+        return right / len(questions), right_per_character / len(questions)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"), max_positions=1024, seed=3)
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResults:
+    root = tmp_path_factory.mktemp("benchmarks")
+    plan = plan_benchmarks((), [Benchmark(name) for name in TASKS], Archive(write_archive(root / "items.whl")), False)
+    crew = Crew(Ranks.solo(), partial(_load, 0, 3))
+    settings = TaskSettings(limit=None, chat=False, precision="keep", device="cpu")
+    return evaluate_benchmarks(crew, plan, ("tiny", model), None, settings, root)
+
+
+def arc_questions() -> list[tuple[str, list[str], int]]:
+    return [
+        (f"Question: {item['question']}\nAnswer:", item["choices"]["text"], "ABCD".index(item["answerKey"]))
+        for item in ARC[4:]
+    ]
+
+
+def hellaswag_questions() -> list[tuple[str, list[str], int]]:
+    endings = [
+        ["sings loudly.", f"bakes {number} of them.", "throws them away.", "sleeps."]
+        for number in range(len(HELLASWAG))
+    ]
+    # The markers in brackets are cut out, and what is left of two spaces is one.
+    return [
+        (
+            f"Baking. bread: A woman kneads {number} doughs. She",
+            [*endings[number][:2], " throws them away.", "sleeps."],
+            number % 4,
+        )
+        for number in range(len(HELLASWAG))
+    ]
+
+
+def piqa_questions() -> list[tuple[str, list[str], int]]:
+    return [(f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]], item["label"]) for item in PIQA]
+
+
+@pytest.mark.parametrize(
+    ("task", "questions"),
+    [("arc_easy", arc_questions()), ("hellaswag", hellaswag_questions()), ("piqa", piqa_questions())],
+)
+def test_multiple_choice_agrees_with_plain_log_likelihoods(
+    results: BenchmarkResults, model: Path, task: str, questions: list[tuple[str, list[str], int]]
+) -> None:
+    found = results.model[task]
+    accuracy, per_character = PlainScoring(model).accuracies(questions)
+    assert found.items == len(questions)
+    assert found.metrics["acc,none"].value == pytest.approx(accuracy)
+    assert found.metrics["acc_norm,none"].value == pytest.approx(per_character)
+    error = math.sqrt(accuracy * (1 - accuracy) / (len(questions) - 1))
+    assert found.metrics["acc,none"].half_width == pytest.approx(1.959964 * error, rel=1e-5)
+
+
+def test_bits_per_byte_of_programs_agree_with_plain_log_likelihoods(results: BenchmarkResults, model: Path) -> None:
+    plain = PlainScoring(model)
+    total, size = 0.0, 0
+    for item in MBPP:
+        tests = "\n".join(item["test_list"])
+        prompt = (
+            f"You are an expert Python programmer, and here is your task: {item['text']} "
+            f"Your code should pass these tests:\n\n{tests}\n[BEGIN]"
+        )
+        total += plain.log_likelihood(prompt, f"\n{item['code']}")
+        size += 1 + len(item["code"].encode())
+    found = results.model["mbpp_bits_per_byte"]
+    assert found.metric == "bits_per_byte,none"
+    assert found.metrics[found.metric].value == pytest.approx(-total / math.log(2) / size, rel=1e-5)
+    assert not found.metrics[found.metric].higher_is_better
