@@ -30,6 +30,8 @@ SECRET_NAMES = (
 # As a launcher under another account may leave them; none of these is a secret.
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT_SECONDS = 300
+# Where a user may put one by mistake, or where another program looks for it.
+MISPLACED = {name: f"canary-{name.lower()}-93ad10ff" for name in ("KEY_IN_CONFIG", "FLAG", "DEEPSPEED_FILE")}
 SECRETS = {name: f"canary-{index}-5f1c0e77ab42-{name.lower()}" for index, name in enumerate(SECRET_NAMES)}
 
 
@@ -73,6 +75,8 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     """Two ranks under the launcher train with every tracker that there is, fail, go on; then export and report."""
     folder = prepare(tmp_path_factory.mktemp("canary"))
     workplace = Workplace(folder)
+    # Launchers of several machines pass what stands in this file on, by command lines that they log.
+    (folder / ".deepspeed_env").write_text(f"NCCL_DEBUG={MISPLACED['DEEPSPEED_FILE']}\n")
     values = settings(
         folder,
         schedule={"steps": 4},
@@ -86,6 +90,10 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     script = str(ROOT / "launch" / "pretrain.py")
     workplace.run("training", *launcher, "--num_gpus", "2", script, "--config", config)
     workplace.run("a wrong configuration", sys.executable, script, "--config", wrong, "--debug", expected=1)
+    misplaced = write(folder / "misplaced.yaml", {**values, "logging": {"wandb_api_key": MISPLACED["KEY_IN_CONFIG"]}})
+    flag = f"--logging.wandb_api_key={MISPLACED['FLAG']}"
+    workplace.run("a key in the configuration", sys.executable, script, "--config", misplaced, expected=2)
+    workplace.run("a key on the command line", sys.executable, script, "--config", config, flag, expected=2)
     workplace.run("a finished run", sys.executable, script, "--config", config)
     workplace.run_llamapro("export", "run", "exported")
     workplace.run_llamapro("evaluate", "run", "--text", "law=law:heldout", "--output", "evaluated")
@@ -102,6 +110,32 @@ def write(path: Path, values: dict[str, Any]) -> str:
 @pytest.mark.parametrize("name", SECRET_NAMES)
 def test_a_secret_of_the_environment_is_nowhere(used: Workplace, name: str) -> None:
     assert found(SECRETS[name], used.everything()) == []
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+def test_a_misplaced_secret_is_only_where_it_was_put(used: Workplace, name: str) -> None:
+    """A setting that there is not is refused by its name; its value may be anything and is not repeated."""
+    places = {"KEY_IN_CONFIG": ["misplaced.yaml"], "DEEPSPEED_FILE": [".deepspeed_env"]}
+    assert found(MISPLACED[name], used.everything()) == places.get(name, [])
+    if name != "DEEPSPEED_FILE":
+        assert any(b"wandb_api_key" in content for place, content in used.everything().items() if "standard e" in place)
+
+
+def test_a_stack_dump_shows_no_values(tmp_path: Path) -> None:
+    """What a rank writes when it is ended in the middle of a step."""
+    workplace = Workplace(tmp_path)
+    program = (
+        "import os, time\n"
+        "from llamapro.training.signals import watch_signals\n"
+        "def stuck(secret):\n"
+        "    time.sleep(60)\n"
+        "with watch_signals(grace_seconds=0, step_timeout_seconds=60) as stop:\n"
+        "    stop.request('the test asks')\n"
+        "    stuck(os.environ['HF_TOKEN'])\n"
+    )
+    workplace.run("a forced end", sys.executable, "-c", program, expected=75)
+    assert b"in stuck" in workplace.said["a forced end: standard error"]
+    assert found(SECRETS["HF_TOKEN"], workplace.said) == []
 
 
 def test_every_kind_of_file_was_searched(used: Workplace) -> None:
