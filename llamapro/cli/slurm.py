@@ -161,15 +161,24 @@ def _problems_of_time(time: str, signal_seconds: int) -> list[str]:
 
 
 def _verdict(text: str) -> str:
-    """What the cluster says to the script, if this machine can ask it.
+    """What the cluster says to the script, if there is one to ask.
 
     Raises:
         UserError: it refuses it.
     """
-    if shutil.which("sbatch") is None:
-        return "no sbatch on this machine: whether the cluster takes the script shows when you submit it"
+    if reason := _nobody_to_ask():
+        return f"{reason}: whether the cluster takes the script shows when you submit it"
     done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True, check=False)
     said = "; ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines() if line.strip())
     if done.returncode != 0:
         raise UserError(f"the cluster refuses the script, so it was not written: {said}")
     return f"the cluster would take it: {said}"
+
+
+def _nobody_to_ask() -> str:
+    """Why no cluster can be asked from here; empty when one answers."""
+    if shutil.which("sbatch") is None:
+        return "no sbatch on this machine"
+    ping = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, check=False)
+    said = (ping.stderr or ping.stdout).strip().rpartition("\n")[2]
+    return f"no controller answers ({said})" if ping.returncode else ""

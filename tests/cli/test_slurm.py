@@ -28,15 +28,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def command(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
 def cluster_that_says(folder: Path, message: str, code: int) -> None:
-    """A pretended sbatch, which keeps what it is given."""
-    command = folder / "bin" / "sbatch"
-    command.parent.mkdir()
-    command.write_text(
-        f"#!/bin/bash\necho \"$*\" > {folder}/options\n/bin/cat > {folder}/asked\necho 'sbatch: {message}' >&2\n"
-        f"exit {code}\n"
-    )
-    command.chmod(0o755)
+    """A pretended cluster: its controller answers, its sbatch keeps what it is given."""
+    command(folder / "bin" / "scontrol", "exit 0")
+    kept = f'echo "$*" > {folder}/options; /bin/cat > {folder}/asked'
+    command(folder / "bin" / "sbatch", f"{kept}; echo 'sbatch: {message}' >&2; exit {code}")
 
 
 def test_the_script_asks_for_what_was_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,6 +71,16 @@ def test_what_the_cluster_refuses_is_not_written(folder: Path, capsys: pytest.Ca
     message = capsys.readouterr().err
     assert message.count("error:") == 2 and "invalid partition specified: nowhere" in message
     assert not (folder / "law.sbatch").exists()
+
+
+def test_a_controller_that_does_not_answer_is_told_and_stops_nobody(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster_that_says(folder, "error: nobody there", 1)
+    command(folder / "bin" / "scontrol", "echo 'Slurmctld(primary) at head is DOWN'; exit 1")
+    assert main(["slurm", "law.yaml", *SIZE]) == 0
+    assert "no controller answers (Slurmctld(primary) at head is DOWN)" in capsys.readouterr().err
+    assert (folder / "law.sbatch").is_file() and not (folder / "asked").exists()
 
 
 def test_a_script_is_replaced_on_request_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
