@@ -106,6 +106,23 @@ def test_workers_units_and_shards_change_no_document(
     assert _by_text(many) == _by_text(built)
 
 
+def test_an_interrupted_build_goes_on_and_gives_the_same_bytes(
+    built: Dataset, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "chats"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data_tools.build.seal_dataset", cut_off)
+        build_chats([rows], model, output, CHATML, heldout=0.2)
+    entry = output / ".building" / "units" / "000000" / "entry.json"
+    assert orjson.loads(entry.read_bytes())["documents"] == len(ROWS)
+    with pytest.raises(DataError, match="--loss-on was assistant and is last"):
+        build_chats([rows], model, output, ChatRequest(template="chatml", loss_on="last"), heldout=0.2)
+    assert shard_bytes(build_chats([rows], model, output, CHATML, heldout=0.2).folder) == shard_bytes(built.folder)
+
+
 def _by_text(dataset: Dataset) -> list[Any]:
     return sorted((*learned_ids_of_rows(dataset, split), split) for split in ("train", "heldout"))
 
