@@ -2,36 +2,42 @@
 
 MODEL is a model folder or hub id. A run or a checkpoint is exported into the output folder for the evaluation and
 removed again; its validation sets are the default texts. Measurements are kept in the output folder: the same command
-again only reads them, an interrupted one continues.
+again only reads them, an interrupted one continues. --strengths shows what the new blocks gain and cost at strengths
+between none and all of what training made of them.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from llamapro import console
-from llamapro.config.yaml_file import read_yaml
-from llamapro.data.dataset import Dataset
-from llamapro.data.shard import SplitName
+from llamapro.cli import strengths
+from llamapro.cli.details import show_details
+from llamapro.cli.texts import (
+    DEFAULT_SEQUENCE_LENGTH,
+    DEFAULT_SEQUENCES,
+    DEFAULT_SPLIT,
+    open_text,
+    parse_text,
+    require_names_once,
+    require_tokenizer,
+    row_length,
+    run_configuration,
+)
 from llamapro.errors import CheckFailed, UserError
 from llamapro.evaluation.compare import evaluate_model
 from llamapro.evaluation.measure import Settings, TextSet
 from llamapro.evaluation.results import RESULTS_NAME, Results
-from llamapro.expansion.source import read_config, resolve_model
+from llamapro.expansion.source import resolve_model
 from llamapro.export.export import export
 from llamapro.export.source import is_delta, is_trained_source
 from llamapro.files.atomic import remove_tree
-from llamapro.run_folder import RunFolder
-from llamapro.training.tokenizer import model_tokenizer_identity
 
-DEFAULT_SPLIT: SplitName = "heldout"
-SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-DEFAULT_SEQUENCES = 256
-DEFAULT_SEQUENCE_LENGTH = 2048
+DETAIL_SEQUENCES = 16
 EXPORTED = ".exported"
 
 
@@ -66,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="exit with 1 when the loss on any text is more than this fraction above the base's, e.g. 0.01",
     )
+    parser.add_argument(
+        "--detail-sequences",
+        type=_count_or_none,
+        default=DETAIL_SEQUENCES,
+        help="for --compare: rows per text at most for token shift and for the contribution of each added block, which "
+        f"takes a pass over them for each block ({DETAIL_SEQUENCES}); 0: without both",
+    )
+    strengths.add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {RESULTS_NAME} and what is kept")
 
 
@@ -73,21 +87,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, write results.json, judge."""
     if arguments.fail_if_drop is not None and arguments.compare is None:
         raise UserError("--fail-if-drop compares with a base; name it with --compare")
+    strengths.check_arguments(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    config = _run_configuration(Path(arguments.model))
+    config = run_configuration(Path(arguments.model))
     sets = _text_sets(arguments.text, config, arguments.model)
     base = (arguments.compare, resolve_model(arguments.compare)) if arguments.compare else None
     with _model_folder(arguments.model, arguments.output) as folder:
         for place in [folder, *([base[1]] if base else [])]:
-            _require_tokenizer(sets, place)
+            require_tokenizer(sets, place)
         settings = Settings(
-            sequence_length=_sequence_length(arguments.sequence_length, config, folder),
+            sequence_length=row_length(arguments.sequence_length, config, folder),
             sequences=arguments.sequences,
             precision=arguments.precision,
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         )
-        results = evaluate_model((arguments.model, folder), base, sets, settings, arguments.output)
-    _show(results)
+        dialled = strengths.dialled_model(arguments, folder, sets, settings)
+        results = evaluate_model(
+            (arguments.model, folder), base, sets, settings, arguments.output, arguments.detail_sequences
+        )
+        _show(results)
+        show_details(results)
+        if dialled is not None:
+            strengths.evaluate_strengths(arguments, dialled, sets)
     console.info(f"wrote {arguments.output / RESULTS_NAME}")
     _judge(results, arguments.fail_if_drop)
     return 0
@@ -110,25 +131,15 @@ def _model_folder(model: str, output: Path) -> Iterator[Path]:
         remove_tree(target)
 
 
-def _run_configuration(place: Path) -> Mapping[str, Any]:
-    """config.yaml of a run, or of the run that a checkpoint lies in; empty for anything else."""
-    for folder in (place, place.absolute().parent.parent):
-        if is_trained_source(place) and RunFolder(folder).config_file.is_file():
-            return read_yaml(RunFolder(folder).config_file).values
-    return {}
-
-
 def _text_sets(given: Sequence[str], config: Mapping[str, Any], model: str) -> list[TextSet]:
     if given:
-        sets = [_parse_text(text) for text in given]
+        sets = [parse_text(text) for text in given]
     else:
-        sets = [_open_text(name, str(path), DEFAULT_SPLIT) for name, path in _validation_sets(config).items()]
+        sets = [open_text(name, str(path), DEFAULT_SPLIT) for name, path in _validation_sets(config).items()]
         sets = [text for text in sets if text.dataset.split(DEFAULT_SPLIT).tokens]
     if not sets:
         raise UserError(f"{model}: nothing to measure on; name texts with --text NAME=DATASET")
-    names = [text.name for text in sets]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"--text: {sorted(twice)[0]!r} is used for two texts; give each its own name")
+    require_names_once(sets)
     return sets
 
 
@@ -137,35 +148,6 @@ def _validation_sets(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(named, Mapping) and named:
         return dict(named)
     return {name: source["path"] for name, source in config.get("data", {}).get("sources", {}).items()}
-
-
-def _parse_text(text: str) -> TextSet:
-    name, equals, place = text.partition("=")
-    if not (name and equals and place):
-        raise UserError(f"--text {text!r}: write NAME=DATASET or NAME=DATASET:SPLIT, e.g. law=data/law")
-    for split in SPLITS:
-        if place.endswith(f":{split}"):
-            return _open_text(name, place.removesuffix(f":{split}"), split)
-    return _open_text(name, place, DEFAULT_SPLIT)
-
-
-def _open_text(name: str, given: str, split: SplitName) -> TextSet:
-    return TextSet(name, given, Dataset.open(Path(given)), split)
-
-
-def _require_tokenizer(sets: Sequence[TextSet], folder: Path) -> None:
-    identity = model_tokenizer_identity(folder)
-    for text in sets:
-        text.dataset.require_tokenizer(identity, str(folder))
-
-
-def _sequence_length(given: int | None, config: Mapping[str, Any], folder: Path) -> int:
-    positions = read_config(folder).get("max_position_embeddings")
-    limit = positions if isinstance(positions, int) else None
-    if given is not None and limit is not None and given > limit:
-        raise UserError(f"--sequence-length {given}: the model has {limit} positions (max_position_embeddings)")
-    wanted = given or config.get("data", {}).get("sequence_length") or DEFAULT_SEQUENCE_LENGTH
-    return min(int(wanted), limit) if limit is not None else int(wanted)
 
 
 def _show(results: Results) -> None:
@@ -218,3 +200,7 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of things; give 1 or more")
     return value
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)

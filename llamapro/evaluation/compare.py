@@ -1,10 +1,13 @@
 """A model's scores, and where there is one its base's, put side by side and into results.json."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from llamapro.evaluation.contribution import measure_contributions
 from llamapro.evaluation.measure import Measured, Settings, TextSet, measure, program_versions
-from llamapro.evaluation.results import Change, Results, write_results
+from llamapro.evaluation.results import Change, Contribution, Results, TokenShift, write_results
+from llamapro.evaluation.shift import measure_shifts
 from llamapro.evaluation.text import relative_change
 
 
@@ -14,15 +17,24 @@ def evaluate_model(
     sets: Sequence[TextSet],
     settings: Settings,
     output: Path,
+    detail_sequences: int = 0,
 ) -> Results:
     """Measure a model, and its base on the same rows, and write `output`/results.json.
 
     Args:
         model: how the user named it, and its folder.
         base: the same for what it is compared with.
+        detail_sequences: rows per set, at most, on which tokens are compared and blocks are bypassed one by one; 0:
+            neither is done.
     """
     measured = measure(model[1], model[0], sets, settings, output)
     against = measure(base[1], base[0], sets, settings, output) if base else None
+    contributions: dict[str, dict[str, Contribution]] = {}
+    shifts: dict[str, TokenShift] = {}
+    if base and detail_sequences:
+        fewer = replace(settings, sequences=detail_sequences)
+        contributions = measure_contributions(model[1], model[0], sets, fewer, output)
+        shifts = measure_shifts(model[1], base[1], sets, fewer, output)
     results = Results(
         settings={
             "sequence_length": settings.sequence_length,
@@ -34,6 +46,9 @@ def evaluate_model(
         model=measured.result,
         base=against.result if against else None,
         changes=_changes(measured, against) if against else {},
+        detail_sequences=detail_sequences if base else 0,
+        contributions=contributions,
+        shifts=shifts,
     )
     write_results(output, results)
     return results

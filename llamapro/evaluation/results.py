@@ -81,6 +81,22 @@ class Change(_Frozen):
     half_width: float | None
 
 
+class Contribution(_Frozen):
+    """By how many nats per token the loss rises without a block, with its 95 % half width."""
+
+    increase: float
+    half_width: float | None
+
+
+class TokenShift(_Frozen):
+    """At how many target positions the model's most likely token is the base's too, at rank 2 or 3, or beyond."""
+
+    positions: int
+    unshifted: int
+    marginal: int
+    shifted: int
+
+
 class Results(_Frozen):
     """The whole of results.json.
 
@@ -88,6 +104,9 @@ class Results(_Frozen):
         settings: sequence_length (tokens), sequences (rows per set, at most), precision, device.
         versions: of the programs that measured.
         changes: by set name, of the model against the base; empty without a base.
+        detail_sequences: rows per set, at most, that the rest was measured on.
+        contributions: of each added block, by set name.
+        shifts: by set name, of the model against the base.
     """
 
     format_version: int = FORMAT_VERSION
@@ -97,6 +116,9 @@ class Results(_Frozen):
     model: ModelResult
     base: ModelResult | None = None
     changes: dict[str, Change] = {}
+    detail_sequences: int = 0
+    contributions: dict[str, dict[str, Contribution]] = {}
+    shifts: dict[str, TokenShift] = {}
 
 
 def write_results(folder: Path, results: Results) -> Path:

@@ -1,0 +1,80 @@
+"""The strength that keeps a bound: found on half the rows, checked on the others, as plain scoring has it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamapro.data.dataset import Dataset
+from llamapro.errors import CheckFailed, DataError
+from llamapro.evaluation.measure import Settings, TextSet, load_model, loss_of, text_batches
+from llamapro.evaluation.strength import StrengthDial
+from llamapro.evaluation.strength_bound import find_strength
+from llamapro.evaluation.text import evaluate_text, relative_change, score_rows
+from llamapro.expansion.record import ExpansionRecord, read_record
+from llamapro.export.export import export
+from llamapro.ranks import Ranks
+from tests.support.exports import TinyRun, make_run
+from tests.support.texts import WIKI, write_text_dataset
+
+SETTINGS = Settings(sequence_length=32, sequences=64, precision="keep", device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("bound")
+    tiny: TinyRun = make_run(root, dtype=torch.float32)
+    write_text_dataset(root / "wiki", tiny.base, WIKI)
+    write_text_dataset(root / "short", tiny.base, ("one",))
+    export(tiny.folder, root / "out")
+    return root / "out"
+
+
+def text_set(exported: Path, name: str) -> TextSet:
+    return TextSet(name, name, Dataset.open(exported.parent / name), "heldout")
+
+
+def record_of(folder: Path) -> ExpansionRecord:
+    record = read_record(folder)
+    assert record is not None
+    return record
+
+
+def increases(exported: Path, strength: float) -> tuple[float, float]:
+    """Of the even and of the odd rows, from one scoring of all of them."""
+    model = load_model(exported, "float32", SETTINGS.device)
+    dial, batches = StrengthDial(model, record_of(exported)), text_batches(text_set(exported, "wiki"), SETTINGS)
+    scores = []
+    for value in (strength, 0.0):
+        with dial.at(value):
+            scores.append(evaluate_text(loss_of(model, SETTINGS.device), batches, Ranks.solo()))
+    halves = [[score_rows(score.rows[half::2]) for score in scores] for half in (0, 1)]
+    even, odd = (relative_change(*pair).value for pair in halves)
+    return even, odd
+
+
+def test_the_bound_holds_where_it_was_sought_and_the_other_rows_are_measured_apart(exported: Path) -> None:
+    probe = text_set(exported, "wiki")
+    whole = increases(exported, 1.0)[0]
+    assert whole > 5e-4, "random blocks make the text worse"
+    bound = 0.4 * whole
+    found = find_strength(exported, record_of(exported), [probe], SETTINGS, bound)
+    assert 0 < found.strength < 1 and found.tried >= 6
+    deciding, unseen = increases(exported, found.strength)
+    assert found.measured["wiki"].value == pytest.approx(deciding, rel=1e-5)
+    assert found.unseen["wiki"].value == pytest.approx(unseen, rel=1e-5)
+    assert found.measured["wiki"].value <= bound < increases(exported, found.strength + 1 / 256)[0]
+    assert found.measured["wiki"] != found.unseen["wiki"]
+
+
+def test_a_bound_that_the_trained_model_keeps_leaves_it_whole(exported: Path) -> None:
+    found = find_strength(exported, record_of(exported), [text_set(exported, "wiki")], SETTINGS, 100.0)
+    assert (found.strength, found.tried) == (1.0, 1)
+
+
+def test_a_bound_that_nothing_keeps_and_a_probe_of_one_row_are_refused(exported: Path) -> None:
+    record = record_of(exported)
+    with pytest.raises(CheckFailed, match="no strength above 0"):
+        find_strength(exported, record, [text_set(exported, "wiki")], SETTINGS, -0.5)
+    with pytest.raises(DataError, match="fills one row"):
+        find_strength(exported, record, [text_set(exported, "short")], SETTINGS, 0.1)
