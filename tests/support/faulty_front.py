@@ -15,7 +15,7 @@ import orjson
 from llamapro.engine.environment import prepare_environment
 
 MEMORY_LEFT = 64 << 20
-SLEEP_SECONDS = 120.0
+SLEEP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)

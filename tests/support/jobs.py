@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -94,8 +95,8 @@ class Job:
 @contextmanager
 def job(values: dict[str, Any], fault: Fault = FAULTLESS, world_size: int = 2) -> Iterator[Job]:
     """A run's ranks while the block lasts."""
-    folder = Path(f"{values['run']['folder']}-job")
-    folder.mkdir(parents=True, exist_ok=True)
+    run = Path(values["run"]["folder"])
+    folder = Path(tempfile.mkdtemp(prefix=f"{run.name}-job-", dir=run.parent))
     started = Job(values, folder, fault, world_size)
     try:
         yield started
