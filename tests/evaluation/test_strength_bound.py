@@ -61,8 +61,9 @@ def test_the_bound_holds_where_it_was_sought_and_the_other_rows_are_measured_apa
     found = find_strength(exported, record_of(exported), [probe], SETTINGS, bound)
     assert 0 < found.strength < 1 and found.tried >= 6
     deciding, unseen = increases(exported, found.strength)
-    assert found.measured["wiki"].value == pytest.approx(deciding, rel=1e-5)
-    assert found.unseen["wiki"].value == pytest.approx(unseen, rel=1e-5)
+    # Rows that are computed with others are rounded otherwise: 1e-7 of the losses.
+    assert found.measured["wiki"].value == pytest.approx(deciding, abs=2e-6)
+    assert found.unseen["wiki"].value == pytest.approx(unseen, abs=2e-6)
     assert found.measured["wiki"].value <= bound < increases(exported, found.strength + 1 / 256)[0]
     assert found.measured["wiki"] != found.unseen["wiki"]
 
