@@ -11,7 +11,7 @@ from llamapro.cli.main import main
 from tests.engine.test_start import free_port
 from tests.support.source import ROOT
 
-SECONDS = 120
+SECONDS = 300
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

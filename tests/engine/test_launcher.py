@@ -21,7 +21,7 @@ from tests.support.source import ROOT
 CANARY = "canary-77c1e0b4f2"
 LISTED_CANARY = "canary-listed-19ab33"
 ODD = 'two words; $(touch HERE) "quoted"'
-SECONDS = 60
+SECONDS = 300
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed"))]
 OURS = [sys.executable, "-m", "launch.hosts"]
 # Ends with a code that the test chooses; or runs until it is told to stop.
