@@ -35,7 +35,7 @@ REWRITTEN = (
 )
 NO_ANSWER = "the chat template marks no answer"
 NO_WEIGHT = "every answer to learn from has the weight 0"
-NO_TOOLS = "the chat template has no place for tools"
+NO_TOOLS = "the chat template has no place for tools (that of chatml has)"
 MARKS_IN_TEXT = "a message holds U+FDD0 or U+FDD1"
 
 Span = tuple[int, int]

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from data_tools.build import make_plan
 from data_tools.chat.options import ChatRequest
 from data_tools.chat.scored import scored_spans, with_marks, without_marks
+from data_tools.chat.show import marked_text
 from data_tools.command import main
 from data_tools.inspect import facts_of, samples_of
 from data_tools.request import BuildRequest
@@ -216,6 +217,17 @@ def test_the_dataset_keeps_the_template_and_shows_the_mask(built: Dataset, capsy
     assert [part.split("⟧")[0] for part in shown.split("⟦")[1:]] == [f"{answer}<|im_end|>" for answer in answers]
     facts = dict(facts_of(built))
     assert facts["conversations"].startswith("messages, template chatml (") and "%" in facts["learned"]
+
+
+def test_of_a_long_document_the_answer_is_shown_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = (("question " * 100, False), ("answer " * 100, True), ("more", False))
+    shown = marked_text(parts, 300)
+    assert shown.startswith("question question") and "⟦answer" in shown and shown.index("⟧") < 350
+    assert marked_text((("a" * 400, False), ("b" * 400, True), ("c" * 400, False), ("d", True)), 90).endswith("…")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert marked_text((("q", False), ("a", True)), 300) == "q\x1b[32ma\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert marked_text((("q", False), ("a", True)), 300) == "q⟦a⟧"
 
 
 def test_the_command_shows_a_sample(
