@@ -12,7 +12,7 @@ import torch
 
 from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import ExpansionRecord
-from llamapro.files.digests import FOLD_MASK, FOLD_ODD
+from llamapro.files.digests import FOLD_MASK, FOLD_ODD, fold
 from llamapro.ranks import Ranks
 
 CHUNK_ELEMENTS = 1 << 20
@@ -83,6 +83,14 @@ def torch_fold(values: torch.Tensor, start: int) -> torch.Tensor:
         values: 1-D, contiguous.
         start: index of the slice's first element in the flattened tensor.
     """
+    if values.device.type == "cpu" and values.numel():
+        data = values.view(torch.uint8).numpy().data
+        return torch.tensor(_signed(fold(data, values.element_size(), start)))
+    return fold_on_device(values, start)
+
+
+def fold_on_device(values: torch.Tensor, start: int) -> torch.Tensor:
+    """`torch_fold` by tensor operations, wherever the slice lies; on a CPU it takes more than ten times as long."""
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for low in range(0, values.numel(), CHUNK_ELEMENTS):
         bits = _bits(values[low : low + CHUNK_ELEMENTS])

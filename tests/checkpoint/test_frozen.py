@@ -1,13 +1,13 @@
 """The proof agrees with the record's own fold, over any cut, and notices every single bit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pytest
 import torch
 
 from llamapro.checkpoint import frozen
-from llamapro.checkpoint.frozen import FrozenProof, prove_frozen, torch_fold
+from llamapro.checkpoint.frozen import FrozenProof, fold_on_device, prove_frozen, torch_fold
 from llamapro.expansion.record import ExpansionRecord, Trained
 from llamapro.files.digests import FOLD_MASK, fold
 from llamapro.ranks import Ranks
@@ -45,17 +45,21 @@ def proof_of(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8])
 @pytest.mark.parametrize("start", [0, 3, 2**33])
+@pytest.mark.parametrize("fold_tensor", [torch_fold, fold_on_device])
 def test_the_fold_on_tensors_is_the_fold_on_bytes(
-    dtype: torch.dtype, start: int, monkeypatch: pytest.MonkeyPatch
+    fold_tensor: Callable[[torch.Tensor, int], torch.Tensor],
+    dtype: torch.dtype,
+    start: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(frozen, "CHUNK_ELEMENTS", 100)
     bits = np.random.default_rng(0).integers(0, 256, 1001 * dtype.itemsize, dtype=np.uint8)
     values = torch.from_numpy(bits).view(dtype)
     expected = fold(bits.tobytes(), dtype.itemsize, start)
-    assert int(torch_fold(values, start)) & FOLD_MASK == expected
-    split = [int(torch_fold(part, start + offset)) for part, offset in ((values[:400], 0), (values[400:], 400))]
+    assert int(fold_tensor(values, start)) & FOLD_MASK == expected
+    split = [int(fold_tensor(part, start + offset)) for part, offset in ((values[:400], 0), (values[400:], 400))]
     assert sum(split) & FOLD_MASK == expected
-    assert int(torch_fold(values, start + 1)) & FOLD_MASK != expected
+    assert int(fold_tensor(values, start + 1)) & FOLD_MASK != expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
