@@ -93,3 +93,30 @@ def test_a_shard_that_contradicts_itself_is_found(tmp_path, change, message):
         change = {"hashes": np.array([h for h in range(200) if is_heldout(np.array([h], dtype=np.uint64), 0.5)[0]][:2])}
     write_shard(tmp_path / "bad.bin", stated, Documents(**{**whole, **change}))
     assert message in " ".join(_contradictions(Shard.open(tmp_path / "bad.bin"), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("firsts", "spans", "fits"),
+    [
+        ([0, 2, 3], [0, 1, 2, 3, 0, 2], True),
+        ([0, 0, 1], [0, 2], True),
+        ([0, 0, 0], [], True),
+        ([0, 2, 3], [0, 1, 1, 3, 0, 2], False),  # they touch: one span
+        ([0, 2, 3], [2, 3, 0, 1, 0, 2], False),  # out of order
+        ([0, 1, 2], [0, 4, 0, 2], False),  # beyond the document of 3 tokens
+        ([0, 1, 2], [1, 1, 0, 2], False),  # empty
+        ([0, 1, 1], [0, 1, 0, 2], False),  # of no document
+        ([0, 1], [0, 1], False),
+    ],
+)
+def test_spans_that_do_not_fit_their_documents_are_found(tmp_path, firsts, spans, fits):
+    from llamapro.data.shard import Shard
+
+    ids = as_documents([[5, 6, 1], [7, 1]])
+    documents = {**vars(ids), "loss_offsets": np.array(firsts), "loss_spans": np.array(spans, dtype=np.int64)}
+    stated = ShardFacts(
+        **tokenization().model_dump(), split="train", shard=0, documents=2, tokens=5, text_bytes=15, plan=""
+    )
+    write_shard(tmp_path / "a.bin", stated, Documents(**documents))
+    found = " ".join(_contradictions(Shard.open(tmp_path / "a.bin"), 0.0))
+    assert ("spans of its documents" in found) != fits
