@@ -91,11 +91,12 @@ def plan(arguments: argparse.Namespace) -> "Plan | None":
     from llamapro.evaluation.benchmarks.archive import Archive
     from llamapro.evaluation.benchmarks.plan import plan_benchmarks
     from llamapro.evaluation.benchmarks.suite import SUITES, named_benchmarks
+    from llamapro.evaluation.benchmarks.tasks import Tasks
 
     suite = SUITES[arguments.suite] if arguments.suite else ()
     named = named_benchmarks(arguments.tasks, arguments.suite)
     archive = Archive.open(arguments.task_data) if arguments.task_data else None
-    planned = plan_benchmarks(suite, named, archive, arguments.run_programs)
+    planned = plan_benchmarks(Tasks(archive), suite, named, run_programs=arguments.run_programs)
     for name in planned.absent:
         console.warning(f"{name} is not measured: {arguments.task_data} has no items of it")
     return planned

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamapro.errors import UserError
-from llamapro.evaluation.benchmarks.archive import Archive
 from llamapro.evaluation.benchmarks.programs import RUNS_PROGRAMS
 from llamapro.evaluation.benchmarks.suite import Benchmark
 from llamapro.evaluation.benchmarks.tasks import Tasks
@@ -29,11 +28,12 @@ class Plan:
 
 
 def plan_benchmarks(
-    suite: Sequence[Benchmark], named: Sequence[Benchmark], archive: Archive | None, run_programs: bool
+    tasks: Tasks, suite: Sequence[Benchmark], named: Sequence[Benchmark], *, run_programs: bool
 ) -> Plan:
     """Look every benchmark up.
 
     Args:
+        tasks: those there are.
         suite: benchmarks that may be absent from the archive.
         named: benchmarks that may not.
         run_programs: whether programs that the model writes may be run.
@@ -42,7 +42,6 @@ def plan_benchmarks(
         UserError: a task is unknown, has no items in the archive, or runs programs without being allowed to.
         SandboxRefused: programs are to be run, and there is no boundary.
     """
-    tasks = Tasks(archive)
     lines = [Line(benchmark, tuple(tasks.leaves(benchmark.name))) for benchmark in (*suite, *named)]
     for line in lines:
         for leaf in line.leaves:

@@ -15,6 +15,7 @@ from llamapro.evaluation.benchmarks.measure import TaskSettings, evaluate_benchm
 from llamapro.evaluation.benchmarks.plan import plan_benchmarks
 from llamapro.evaluation.benchmarks.store import BenchmarkResults
 from llamapro.evaluation.benchmarks.suite import Benchmark
+from llamapro.evaluation.benchmarks.tasks import Tasks
 from llamapro.ranks import Ranks
 from tests.support.benchmark_items import ARC, HELLASWAG, MBPP, PIQA, write_archive
 from tests.support.models import save_tiny_llama
@@ -55,7 +56,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkResults:
     root = tmp_path_factory.mktemp("benchmarks")
-    plan = plan_benchmarks((), [Benchmark(name) for name in TASKS], Archive(write_archive(root / "items.whl")), False)
+    tasks = Tasks(Archive(write_archive(root / "items.whl")))
+    plan = plan_benchmarks(tasks, (), [Benchmark(name) for name in TASKS], run_programs=False)
     crew = Crew(Ranks.solo(), partial(_load, 0, 3))
     settings = TaskSettings(limit=None, chat=False, precision="keep", device="cpu")
     return evaluate_benchmarks(crew, plan, ("tiny", model), None, settings, root)
