@@ -131,7 +131,7 @@ def _within_bound(arguments: argparse.Namespace) -> tuple[ExportSummary, Bounded
 
 
 def _show_bound(found: BoundedStrength) -> None:
-    console.result(f"strength {found.strength:g} ({found.tried} tried): {bound_text(found)}")
+    console.result(f"strength {found.strength:.10g} ({found.tried} tried): {bound_text(found)}")
     beyond = [name for name, increase in found.unseen.items() if increase.value > found.bound]
     if beyond:
         console.warning(

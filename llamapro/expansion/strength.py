@@ -49,4 +49,4 @@ def described(strengths: Strengths) -> str:
     """Strengths in words: "0.75 (blocks 4, 9)"; "" for none."""
     values = sorted(set(strengths.values()))
     groups = [(value, [block for block in sorted(strengths) if strengths[block] == value]) for value in values]
-    return ", ".join(f"{value:g} (blocks {', '.join(map(str, blocks))})" for value, blocks in groups)
+    return ", ".join(f"{value:.10g} (blocks {', '.join(map(str, blocks))})" for value, blocks in groups)

@@ -56,7 +56,7 @@ def bound_text(found: BoundedStrength) -> str:
         for name, increase in found.measured.items()
     ]
     return (
-        f"the largest of which the loss on general text is at most {found.bound:.2%} above the base's; measured: "
+        f"the largest at which the loss on general text is at most {found.bound:.2%} above the base's; measured: "
         + "; ".join(probes)
     )
 

@@ -87,7 +87,7 @@ def test_the_largest_strength_within_a_bound_is_found_said_and_exported(
     assert record is not None
     assert record.trained.strengths == {"2": float(found[1]), "5": float(found[1])}
     assert float(found[2]) <= 0.1
-    assert "of which the loss on general text is at most 0.10%" in (tmp_path / "out/README.md").read_text()
+    assert "at which the loss on general text is at most 0.10%" in (tmp_path / "out/README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert run("verify", tmp_path / "out", "--base", tiny.base) == 0
 
