@@ -42,7 +42,8 @@ def test_every_contestant_saves_the_state_of_two_ranks(tmp_path: Path) -> None:
     found = orjson.loads((tmp_path / "checkpoint.json").read_bytes())["found"]
     written = {name: one["bytes"] for name, one in found["rounds"][0].items()}
     assert written[RAW] == 4 * FLOAT32_STATES * found["trainable"]
-    assert written[RAW] < written[OURS] == pytest.approx(written[AT_ONCE], abs=9) < 1.1 * written[RAW] + 1e5
+    assert abs(written[OURS] - written[AT_ONCE]) < 10, "but for the digits of a number of steps"
+    assert written[RAW] < written[OURS] < 1.1 * written[RAW] + 1e5
     frozen_bytes = 2 * (found["all"] - found["trainable"])
     assert written[DEEPSPEED] - written[WITHOUT_FROZEN] == pytest.approx(frozen_bytes, rel=0.1)
     assert "DeepSpeed without frozen" in (tmp_path / "checkpoint.md").read_text()
