@@ -1,6 +1,7 @@
 """A run on a real Slurm: two nodes, preempted, timed out, cancelled, a node lost; always the same result."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.support.training import prepare, settings, state_digest
 
 pytestmark = pytest.mark.cluster
 
+ENDS = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}
 STEPS = 120
 SAVED_EVERY = 30
 SIZE = ["--nodes", "2", "--gpus-per-node", "1", "--cpus-per-task", "1"]
@@ -92,7 +94,16 @@ class Job:
         self.wait(lambda: self.state == state, state)
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(condition, f"job {self.number}: {what}", 900, self.story)
+        """Wait for something that only a job can bring which has not ended."""
+        what = f"job {self.number}: {what}"
+        wait_until(lambda: condition() or self._has_ended(), what, 900, self.story)
+        assert condition(), f"it ended without {what}\n{self.story()}"
+
+    def _has_ended(self) -> bool:
+        """Whether it will not be put back in the queue: the states on the way there last a moment."""
+        if self.state in ENDS:
+            time.sleep(3)
+        return self.state in ENDS
 
     def resumed_from(self) -> list[int]:
         """The steps from which the run was continued."""
@@ -115,7 +126,7 @@ def start(slurm: Slurm, place: Path, on_the_cluster: None) -> Iterator[Callable[
     yield submit
     for job in jobs:
         slurm.run("scancel", job.number)
-        job.wait(lambda job=job: job.state in ("COMPLETED", "CANCELLED", "FAILED"), "the end")
+        job.wait(lambda job=job: job.state in ENDS, "the end")
 
 
 @pytest.fixture(scope="module")
