@@ -38,8 +38,8 @@ def right_values(references: Sequence[str], predictions: Sequence[str | list[str
 def reference_program(item: Mapping[str, Any]) -> str:
     """What follows a prompt that ends without white space (lm-eval counts white space as part of what follows)."""
     if "canonical_solution" in item:
-        prompt: str = item["prompt"]
-        return prompt[len(prompt.rstrip()) :] + item["canonical_solution"]
+        prompt, solution = str(item["prompt"]), str(item["canonical_solution"])
+        return prompt[len(prompt.rstrip()) :] + solution
     return f"\n{item['code']}"
 
 
