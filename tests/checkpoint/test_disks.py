@@ -204,7 +204,7 @@ def test_a_power_cut_before_every_operation_of_saves_and_pruning(tmp_path: Path)
     require_mounts(loop=True)
     cuts = PowerCuts(tmp_path, stride=1)
     cuts.during(save_twice)
-    check_cuts(cuts, 80)
+    check_cuts(cuts, 60)
 
 
 def test_without_fsync_a_power_cut_loses_what_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
