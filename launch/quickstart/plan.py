@@ -24,6 +24,7 @@ HELDOUT_FRACTIONS = {DOMAIN: 0.04, GENERAL: 0.1}  # of the documents: at least 2
 # 39 rows of 512 tokens: just under 20,000 tokens of each held-out text, half a minute on two cores.
 EVALUATED_SEQUENCES, EVALUATED_TOKENS = 39, 512
 SHORT_RUN_SEQUENCES = 4
+DETAILED_SEQUENCES = 4
 PROMPTS = ("Macrocephaly:", "Sensorineural hearing impairment:")
 
 
@@ -270,7 +271,8 @@ def _evaluation_steps(places: Places, machine: Machine, steps: int | None) -> tu
     size = ["--sequences", str(sequences), "--sequence-length", str(EVALUATED_TOKENS)]
     common = [*texts, *size, "--output", str(places.evaluation)]
     before = llamapro_command("evaluate", places.base, *common)
-    after = llamapro_command("evaluate", places.export, "--compare", places.base, *common)
+    details = ["--detail-sequences", str(min(DETAILED_SEQUENCES, sequences))]
+    after = llamapro_command("evaluate", places.export, "--compare", places.base, *details, *common)
     datasets = (f"dataset-{DOMAIN}", f"dataset-{GENERAL}")
     return (
         Step(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llamapro import console
-from llamapro.cli import strengths
+from llamapro.cli import benchmarks, strengths
 from llamapro.cli.details import show_details
 from llamapro.cli.texts import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -29,6 +29,7 @@ from llamapro.cli.texts import (
     run_configuration,
 )
 from llamapro.errors import CheckFailed, UserError
+from llamapro.evaluation.benchmarks.crew import Crew
 from llamapro.evaluation.compare import evaluate_model
 from llamapro.evaluation.measure import Settings, TextSet
 from llamapro.evaluation.results import RESULTS_NAME, Results
@@ -80,19 +81,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"takes a pass over them for each block ({DETAIL_SEQUENCES}); 0: without both",
     )
     strengths.add_arguments(parser)
+    benchmarks.add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {RESULTS_NAME} and what is kept")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, print the table, write results.json, judge."""
+    benchmarks.check_arguments(arguments)
+    with benchmarks.at_work(arguments) as crew:
+        return 0 if crew is None else _evaluate(arguments, crew)
+
+
+def _evaluate(arguments: argparse.Namespace, crew: Crew) -> int:
     if arguments.fail_if_drop is not None and arguments.compare is None:
         raise UserError("--fail-if-drop compares with a base; name it with --compare")
     strengths.check_arguments(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = run_configuration(Path(arguments.model))
-    sets = _text_sets(arguments.text, config, arguments.model)
+    about_texts = arguments.strengths is not None or arguments.fail_if_drop is not None
+    required = about_texts or not benchmarks.are_wanted(arguments)
+    sets = _text_sets(arguments.text, config, arguments.model, required=required)
+    planned = benchmarks.plan(arguments)
     base = (arguments.compare, resolve_model(arguments.compare)) if arguments.compare else None
     with _model_folder(arguments.model, arguments.output) as folder:
+        if planned is not None:
+            benchmarks.evaluate(arguments, crew, planned, (arguments.model, folder), base)
+        if not sets:
+            return 0
         for place in [folder, *([base[1]] if base else [])]:
             require_tokenizer(sets, place)
         settings = Settings(
@@ -131,14 +146,16 @@ def _model_folder(model: str, output: Path) -> Iterator[Path]:
         remove_tree(target)
 
 
-def _text_sets(given: Sequence[str], config: Mapping[str, Any], model: str) -> list[TextSet]:
+def _text_sets(given: Sequence[str], config: Mapping[str, Any], model: str, *, required: bool) -> list[TextSet]:
     if given:
         sets = [parse_text(text) for text in given]
     else:
         sets = [open_text(name, str(path), DEFAULT_SPLIT) for name, path in _validation_sets(config).items()]
         sets = [text for text in sets if text.dataset.split(DEFAULT_SPLIT).tokens]
-    if not sets:
-        raise UserError(f"{model}: nothing to measure on; name texts with --text NAME=DATASET")
+    if not sets and required:
+        raise UserError(
+            f"{model}: nothing to measure on; name texts with --text NAME=DATASET, or benchmarks with --tasks"
+        )
     require_names_once(sets)
     return sets
 
