@@ -53,13 +53,22 @@ def process_rank() -> int:
 def info(message: str) -> None:
     """Say one fact to the person watching (standard error, rank 0 only)."""
     if process_rank() == 0:
-        _stderr().print(message, markup=False, highlight=False, soft_wrap=True)
+        _tell(message)
 
 
 def warning(message: str) -> None:
     """Say something the user should act on (standard error, rank 0 only)."""
     if process_rank() == 0:
-        _stderr().print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+        _tell(f"warning: {message}", "yellow")
+
+
+def _tell(text: str, style: str | None = None) -> None:
+    """One line to standard error. A log on a full disk loses lines; that must not end what they tell of."""
+    try:
+        _stderr().print(text, markup=False, highlight=False, soft_wrap=True, style=style)
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
 
 
 def result(text: str) -> None:
@@ -114,9 +123,9 @@ def report_error(error: LlamaproError) -> None:
     """Print a user-facing error on standard error: once per job for what all ranks share, else naming the rank."""
     rank = process_rank()
     if rank == 0:
-        _stderr().print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        _tell(f"error: {error}", "red")
     elif not _shared_by_all_ranks(error):
-        _stderr().print(f"error on rank {rank}: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        _tell(f"error on rank {rank}: {error}", "red")
 
 
 def guarded(work: Callable[[], int], *, debug: bool) -> int:

@@ -5,12 +5,13 @@ import io
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from llamapro import console
-from llamapro.errors import EXIT_CHECK_FAILED
+from llamapro.errors import EXIT_CHECK_FAILED, EXIT_USAGE, UserError
 
 
 def test_a_log_says_bytes_and_their_speed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,21 @@ def test_the_bar_on_a_terminal_shows_bytes_per_second(monkeypatch: pytest.Monkey
         for _ in range(4):
             advance(1_000_000)
     assert bool(re.search(r"[\d.]+ [kMG]?B/s|bytes/s", screen.getvalue())) is shown
+
+
+def test_a_log_on_a_full_disk_loses_lines_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with suppress(OSError), open("/dev/full", "w", buffering=1) as full:  # closing it is refused as well
+        monkeypatch.setattr(console, "_stderr", lambda: Console(file=full, width=120))
+        with pytest.raises(OSError, match="No space left"):
+            console._stderr().print("what rich itself does")
+        console.info("saved")
+        console.warning("slow")
+        code = console.guarded(_wrong_use, debug=False)
+    assert code == EXIT_USAGE
+
+
+def _wrong_use() -> int:
+    raise UserError("wrong use")
 
 
 def test_a_full_disk_is_one_message_and_other_errors_of_the_system_are_not_hidden(
