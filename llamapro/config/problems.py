@@ -21,6 +21,8 @@ from llamapro.config.schema import (
 )
 from llamapro.config.yaml_file import KeyPath
 
+UNKNOWN_KEYS = ("extra_forbidden", "invalid_key")
+"""Also a key that is no text, such as a number."""
 _REPAIR_ROUNDS = 8
 _SHOWN_CHARACTERS = 60
 
@@ -62,7 +64,7 @@ def _wrong_values(error: ValidationError) -> dict[KeyPath, str]:
 
 
 def _sentence(path: KeyPath, item: ErrorDetails) -> str:
-    if item["type"] == "extra_forbidden":
+    if item["type"] in UNKNOWN_KEYS:
         return _unknown_key(path)
     if item["type"] == "missing":
         return f"is required: {expected(annotation_at(path))}"

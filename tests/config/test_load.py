@@ -282,3 +282,13 @@ def test_only_rank_0_prints_the_help(
     with pytest.raises(SystemExit):
         load_config(write_config(tmp_path, VALID), ["--help"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("key", ["1", "1.5", "null", "true", "? [a]\n"])
+@pytest.mark.parametrize("section", ["", "run"])
+def test_a_key_that_is_no_text_is_an_unknown_key(tmp_path: Path, key: str, section: str) -> None:
+    entry = f"{{{key}: 3}}" if section else f"{key}: 3"
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{VALID}{f'{section}: {entry}' if section else entry}\n")
+    with pytest.raises(ConfigError, match=f"unknown key; keys {'in run' if section else 'at the top'}"):
+        load_config(path)
