@@ -78,7 +78,8 @@ def prune(
 
     The `keep` newest complete ones stay, and every one whose step is a multiple of `keep_every_steps`, and the newest
     one whose step is a multiple of `keep_newest_of_every_steps`, and the one RUN/latest names. Incomplete and
-    quarantined folders are left alone. Deletion begins with a rename.
+    quarantined folders are left alone. Complete is meant by sizes: digests would read all of them at every save.
+    Deletion begins with a rename.
 
     Returns:
         What was deleted.
