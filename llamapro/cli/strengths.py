@@ -4,12 +4,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
-
 from llamapro import console
 from llamapro.errors import UserError
 from llamapro.evaluation.measure import Settings, TextSet
 from llamapro.evaluation.results import Change
+from llamapro.evaluation.stored import write_stored
 from llamapro.evaluation.strength import DialledModel, StrengthCurve, measure_strengths
 from llamapro.evaluation.variants import Variants
 from llamapro.expansion.record import read_record
@@ -68,8 +67,7 @@ def dialled_model(
 def evaluate_strengths(arguments: argparse.Namespace, model: DialledModel, sets: Sequence[TextSet]) -> None:
     """Measure, print the table, write the curve and its picture into the output folder."""
     curve = measure_strengths(model, arguments.model, sets, parse_strengths(arguments.strengths), arguments.general)
-    content = orjson.dumps(curve.model_dump(), option=orjson.OPT_INDENT_2)
-    write_atomic(arguments.output / STRENGTHS_NAME, content + b"\n")
+    write_stored(arguments.output / STRENGTHS_NAME, curve)
     write_atomic(arguments.output / PICTURE_NAME, draw_strengths(curve))
     _show(curve)
 

@@ -36,12 +36,7 @@ def evaluate_model(
         contributions = measure_contributions(model[1], model[0], sets, fewer, output)
         shifts = measure_shifts(model[1], base[1], sets, fewer, output)
     results = Results(
-        settings={
-            "sequence_length": settings.sequence_length,
-            "sequences": settings.sequences,
-            "precision": settings.precision,
-            "device": settings.device.type,
-        },
+        settings=settings.as_stored(),
         versions=program_versions(),
         model=measured.result,
         base=against.result if against else None,

@@ -58,6 +58,15 @@ class Settings:
     precision: str
     device: torch.device
 
+    def as_stored(self) -> dict[str, str | int]:
+        """As result files say them."""
+        return {
+            "sequence_length": self.sequence_length,
+            "sequences": self.sequences,
+            "precision": self.precision,
+            "device": self.device.type,
+        }
+
 
 @dataclass(frozen=True)
 class Measured:

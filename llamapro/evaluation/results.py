@@ -4,14 +4,14 @@ Every measurement is a file of its own named by what was measured (model bytes, 
 soon as it is known: an interrupted evaluation continues, a repeated one only reads.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from llamapro.errors import Corrupted
+from llamapro.evaluation.stored import Key, Stored, write_stored
 from llamapro.evaluation.text import RowScore, TextScore, score_rows
 from llamapro.files.atomic import write_atomic
 
@@ -21,11 +21,7 @@ FORMAT_VERSION = 1
 INTERVALS = "95 %, normal approximation over packed rows; changes are paired row by row"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class MeasurementKey(_Frozen):
+class MeasurementKey(Key):
     """What fixes a measurement.
 
     Attributes:
@@ -45,13 +41,8 @@ class MeasurementKey(_Frozen):
     device: str
     program: str
 
-    def digest(self) -> str:
-        """A short name for the measurement, 24 hexadecimal digits."""
-        canonical = orjson.dumps(self.model_dump(), option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(canonical).hexdigest()[:24]
 
-
-class SetResult(_Frozen):
+class SetResult(Stored):
     """A model's score on one text set: nats per token and bits per UTF-8 byte, each with its 95 % half width."""
 
     dataset: str
@@ -66,7 +57,7 @@ class SetResult(_Frozen):
     rows: int
 
 
-class ModelResult(_Frozen):
+class ModelResult(Stored):
     """One model's scores by set name; `name` is as the user gave it, `digest` that of tensors and configuration."""
 
     name: str
@@ -74,21 +65,21 @@ class ModelResult(_Frozen):
     sets: dict[str, SetResult]
 
 
-class Change(_Frozen):
+class Change(Stored):
     """How the model's loss on a set differs from the base's, as a fraction of it, with its 95 % half width."""
 
     fraction: float
     half_width: float | None
 
 
-class Contribution(_Frozen):
+class Contribution(Stored):
     """By how many nats per token the loss rises without a block, with its 95 % half width."""
 
     increase: float
     half_width: float | None
 
 
-class TokenShift(_Frozen):
+class TokenShift(Stored):
     """At how many target positions the model's most likely token is the base's too, at rank 2 or 3, or beyond."""
 
     positions: int
@@ -97,7 +88,7 @@ class TokenShift(_Frozen):
     shifted: int
 
 
-class Results(_Frozen):
+class Results(Stored):
     """The whole of results.json.
 
     Attributes:
@@ -124,7 +115,7 @@ class Results(_Frozen):
 def write_results(folder: Path, results: Results) -> Path:
     """Write results.json; returns its path."""
     path = folder / RESULTS_NAME
-    write_atomic(path, orjson.dumps(results.model_dump(), option=orjson.OPT_INDENT_2) + b"\n")
+    write_stored(path, results)
     return path
 
 

@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from llamapro import console
 from llamapro.evaluation.measure import TextSet, program_versions, set_result
 from llamapro.evaluation.results import INTERVALS, Change, SetResult
+from llamapro.evaluation.stored import Stored
 from llamapro.evaluation.text import TextScore, relative_change
 from llamapro.evaluation.variants import AS_IT_IS, Variants
 from llamapro.expansion.families import Family, family_named
@@ -94,11 +94,7 @@ def _declared(model: LanguageModel, family: Family, blocks: Sequence[int]) -> It
                 yield _Dialled(*found, live, live.clone())
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class StrengthPoint(_Frozen):
+class StrengthPoint(Stored):
     """A model at one strength: its scores by text, and by which fraction its losses are above those at strength 0."""
 
     strength: float
@@ -106,7 +102,7 @@ class StrengthPoint(_Frozen):
     changes: dict[str, Change]
 
 
-class StrengthCurve(_Frozen):
+class StrengthCurve(Stored):
     """The whole of strengths.json.
 
     Attributes:
@@ -175,12 +171,7 @@ def measure_strengths(
             points.append(_point(strength, sets, scores, base))
     settings = model.variants.settings
     return StrengthCurve(
-        settings={
-            "sequence_length": settings.sequence_length,
-            "sequences": settings.sequences,
-            "precision": settings.precision,
-            "device": settings.device.type,
-        },
+        settings=settings.as_stored(),
         versions=program_versions(),
         model=name,
         digest=model.variants.digest,

@@ -1,14 +1,13 @@
 """benchmarks.json, and each task's measurement beside it: a file named by what was measured."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict
 
 from llamapro.evaluation.benchmarks.score import MetricScore, TaskScore
 from llamapro.evaluation.results import MEASUREMENTS
+from llamapro.evaluation.stored import Key, Stored, write_stored
 from llamapro.files.atomic import write_atomic
 
 BENCHMARKS_NAME = "benchmarks.json"
@@ -16,11 +15,7 @@ FORMAT_VERSION = 1
 INTERVALS = "95 %, normal approximation over items; differences are paired item by item"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class TaskKey(_Frozen):
+class TaskKey(Key):
     """What fixes a task's measurement.
 
     Attributes:
@@ -43,13 +38,8 @@ class TaskKey(_Frozen):
     device: str
     program: str
 
-    def digest(self) -> str:
-        """A short name for the measurement, 24 hexadecimal digits."""
-        canonical = orjson.dumps(self.model_dump(), option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(canonical).hexdigest()[:24]
 
-
-class MetricResult(_Frozen):
+class MetricResult(Stored):
     """A metric's value with its 95 % half width; null where lm-eval's aggregate is neither a mean nor a ratio."""
 
     value: float
@@ -57,7 +47,7 @@ class MetricResult(_Frozen):
     higher_is_better: bool
 
 
-class TaskResult(_Frozen):
+class TaskResult(Stored):
     """A model on a benchmark: `metric` stands for it, `tasks` is the number of single tasks it consists of."""
 
     tasks: int
@@ -67,7 +57,7 @@ class TaskResult(_Frozen):
     metrics: dict[str, MetricResult]
 
 
-class TaskChange(_Frozen):
+class TaskChange(Stored):
     """By how much the model's metric is above the base's, with its 95 % half width."""
 
     metric: str
@@ -75,7 +65,7 @@ class TaskChange(_Frozen):
     half_width: float | None
 
 
-class BenchmarkResults(_Frozen):
+class BenchmarkResults(Stored):
     """The whole of benchmarks.json.
 
     Attributes:
@@ -101,7 +91,7 @@ class BenchmarkResults(_Frozen):
 def write_benchmarks(folder: Path, results: BenchmarkResults) -> Path:
     """Write benchmarks.json; returns its path."""
     path = folder / BENCHMARKS_NAME
-    write_atomic(path, orjson.dumps(results.model_dump(), option=orjson.OPT_INDENT_2) + b"\n")
+    write_stored(path, results)
     return path
 
 
