@@ -177,7 +177,8 @@ def main() -> None:
         facts = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "state": f"{found['trainable'] / 1e6:,.1f} million parameters that learn of {found['all'] / 1e6:,.1f} "
-            f"million; {arguments.ranks} ranks, ZeRO stage {arguments.stage}, bf16 with float32 masters",
+            f"million; {arguments.ranks} rank{'s' * (arguments.ranks > 1)}, ZeRO stage {arguments.stage}, bf16 with "
+            "float32 masters",
             "step": f"{found['step_seconds']:.2f} s without a save",
             "proof": f"{found['proof_seconds']:.3f} s of our standing still compare the frozen weights with the record",
             "rounds": arguments.rounds,
