@@ -72,20 +72,25 @@ def list_checkpoints(root: Path, *, digests: bool) -> list[Listed]:
 
 
 def prune(
-    root: Path, keep: int, keep_every_steps: int | None, keep_newest_of_every_steps: int | None = None
+    root: Path,
+    keep: int,
+    keep_every_steps: int | None,
+    keep_newest_of_every_steps: int | None = None,
+    *,
+    digests: bool = False,
 ) -> list[Path]:
     """Delete old checkpoints; to be called by one process. Never raises: what can't be deleted is warned about.
 
     The `keep` newest complete ones stay, and every one whose step is a multiple of `keep_every_steps`, and the newest
     one whose step is a multiple of `keep_newest_of_every_steps`, and the one RUN/latest names. Incomplete and
-    quarantined folders are left alone. Complete is meant by sizes: digests would read all of them at every save.
-    Deletion begins with a rename.
+    quarantined folders are left alone. Complete is meant by sizes, as digests would read all of them at every save, or
+    if asked by digests. Deletion begins with a rename.
 
     Returns:
         What was deleted.
     """
     assert keep >= 1, f"keep is {keep}"
-    complete = [listed for listed in list_checkpoints(root, digests=False) if not listed.problem]
+    complete = [listed for listed in list_checkpoints(root, digests=digests) if not listed.problem]
     kept_folders = {read_pointer(root), newest_of_every(complete, keep_newest_of_every_steps)}
     deleted = []
     for listed in complete[keep:]:

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|verify|prune")
     listing = actions.add_parser("ls", help="show the checkpoints, newest first (compares sizes, not digests)")
     verify = actions.add_parser("verify", help="read every byte and compare it with its digest; 1 if any differs")
-    pruning = actions.add_parser("prune", help="delete old checkpoints, as the run itself does after each save")
+    pruning = actions.add_parser(
+        "prune", help="delete old checkpoints; reads every byte: a damaged one counts for none"
+    )
     for action in (listing, verify, pruning):
         action.add_argument("run", metavar="RUN", type=Path, help="the run folder")
     for action in (listing, verify):
@@ -92,6 +94,7 @@ def _prune(folder: RunFolder, keep: int | None, keep_every_steps: int | None) ->
         config.checkpoint.keep if keep is None else keep,
         config.checkpoint.keep_every_steps if keep_every_steps is None else keep_every_steps,
         scheduled_steps(config),
+        digests=True,
     )
     console.result("\n".join(f"deleted {path}" for path in deleted) or "nothing to delete")
     return 0

@@ -99,6 +99,13 @@ def test_prune_spares_what_a_run_may_roll_back_to(run: RunFolder, spike: str, le
     assert steps_left(run) == left
 
 
+def test_prune_counts_on_no_checkpoint_with_a_flipped_bit(run: RunFolder) -> None:
+    """Its size is right; deleting the sound ones before it would leave nothing to continue from."""
+    flip(run.checkpoints / "step-00000040" / "rank-00000.safetensors")
+    assert main(["checkpoint", "prune", str(run.path), "--keep", "1"]) == 0
+    assert steps_left(run) == [30, 40]
+
+
 def test_prune_deletes_nothing_of_a_run_whose_configuration_it_does_not_understand(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
