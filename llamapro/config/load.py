@@ -34,7 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     given, problems = parse_overrides([word for word in overrides if word not in HELP_FLAGS])
     values, misplaced = apply_overrides(file.values, given)
     origins = {override.path: override.flag for override in given}
-    config, wrong = check_schema(values, file.lines, origins)
+    config, wrong = check_schema(RunConfig, values, file.lines, origins)
     problems = [*problems, *misplaced, *wrong]
     if problems or config is None:
         raise ConfigError(problems, str(path))

@@ -3,12 +3,12 @@
 import copy
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llamapro.config.root import RunConfig
+from llamapro.config.base import Section
 from llamapro.config.rules import BROKEN_RULES, BrokenRule
 from llamapro.config.schema import (
     NAME_TEXT,
@@ -26,13 +26,16 @@ UNKNOWN_KEYS = ("extra_forbidden", "invalid_key")
 _REPAIR_ROUNDS = 8
 _SHOWN_CHARACTERS = 60
 
+Config = TypeVar("Config", bound=Section)
+
 
 def check_schema(
-    values: Mapping[str, Any], lines: Mapping[KeyPath, int], origins: Mapping[KeyPath, str]
-) -> tuple[RunConfig | None, list[str]]:
+    root: type[Config], values: Mapping[str, Any], lines: Mapping[KeyPath, int], origins: Mapping[KeyPath, str]
+) -> tuple[Config | None, list[str]]:
     """Check values against the schema and against the rules between fields.
 
     Args:
+        root: the whole configuration's class.
         values: what the file and the overrides say.
         lines: line in the file of each key.
         origins: command-line word of each overridden key.
@@ -42,55 +45,55 @@ def check_schema(
         from them.
     """
     try:
-        return RunConfig.model_validate(values), []
+        return root.model_validate(values), []
     except ValidationError as error:
-        wrong = _wrong_values(error)
-        broken = [rule for rule in _broken_rules(error, values) if not _follows(rule, wrong)]
+        wrong = _wrong_values(root, error)
+        broken = [rule for rule in _broken_rules(root, error, values) if not _follows(rule, wrong)]
     sentences = [(path, text) for path, text in wrong.items()]
     sentences += [(tuple(rule.key.split(".")), rule.text) for rule in broken]
     return None, [f"{'.'.join(path)}: {text}{_where(path, lines, origins)}" for path, text in sentences]
 
 
-def _wrong_values(error: ValidationError) -> dict[KeyPath, str]:
+def _wrong_values(root: type[Section], error: ValidationError) -> dict[KeyPath, str]:
     """One sentence per wrong key: the alternatives of a union make several errors, but one problem."""
-    details = [(real_path(item["loc"]), item) for item in _details(error) if item["type"] != BROKEN_RULES]
+    details = [(real_path(item["loc"], root), item) for item in _details(error) if item["type"] != BROKEN_RULES]
     deepest = [path for path, _ in details]
     wrong: dict[KeyPath, str] = {}
     for path, item in details:
         covered = any(len(other) > len(path) and other[: len(path)] == path for other in deepest)
         if not covered:
-            wrong.setdefault(path, _sentence(path, item))
+            wrong.setdefault(path, _sentence(root, path, item))
     return wrong
 
 
-def _sentence(path: KeyPath, item: ErrorDetails) -> str:
+def _sentence(root: type[Section], path: KeyPath, item: ErrorDetails) -> str:
     if item["type"] in UNKNOWN_KEYS:
-        return _unknown_key(path)
+        return _unknown_key(root, path)
     if item["type"] == "missing":
-        return f"is required: {expected(annotation_at(path))}"
+        return f"is required: {expected(annotation_at(path, root))}"
     if item["loc"][-1] == "[key]":
         return f"{path[-1]!r} is not {NAME_TEXT}"
     value = item["input"]
-    nearest = get_close_matches(value, choices_at(path), n=1) if isinstance(value, str) else []
-    return f"{_shown(value)} is not valid{_hint(nearest)} must be {expected(annotation_at(path))}"
+    nearest = get_close_matches(value, choices_at(path, root), n=1) if isinstance(value, str) else []
+    return f"{_shown(value)} is not valid{_hint(nearest)} must be {expected(annotation_at(path, root))}"
 
 
 def _hint(nearest: Sequence[str]) -> str:
     return f"; did you mean {nearest[0]}? It" if nearest else "; it"
 
 
-def _unknown_key(path: KeyPath) -> str:
-    names = names_at(path[:-1])
+def _unknown_key(root: type[Section], path: KeyPath) -> str:
+    names = names_at(path[:-1], root)
     nearest = get_close_matches(path[-1], names, n=1)
-    elsewhere = [] if nearest else _sections_with(path[-1])
+    elsewhere = [] if nearest else _sections_with(root, path[-1])
     place = f"keys in {'.'.join(path[:-1])}" if len(path) > 1 else "keys at the top"
     hints = [f"did you mean {name}?" for name in (nearest or elsewhere)[:1]]
     return "; ".join(["unknown key", *hints, f"{place}: {', '.join(names)}"])
 
 
-def _sections_with(name: str) -> list[str]:
+def _sections_with(root: type[Section], name: str) -> list[str]:
     """Dotted keys of sections that do have this name: a setting in the wrong section."""
-    return [f"{section}.{name}" for section in RunConfig.model_fields if name in names_at((section,))]
+    return [f"{section}.{name}" for section in root.model_fields if name in names_at((section,), root)]
 
 
 def _shown(value: Any) -> str:
@@ -114,7 +117,7 @@ def _details(error: ValidationError) -> list[ErrorDetails]:
     return error.errors(include_url=False)
 
 
-def _broken_rules(error: ValidationError, values: Mapping[str, Any]) -> Sequence[BrokenRule]:
+def _broken_rules(root: type[Section], error: ValidationError, values: Mapping[str, Any]) -> Sequence[BrokenRule]:
     """The rules broken by what is right in `values`: wrong parts are taken out, missing ones stood in for."""
     repaired = copy.deepcopy(dict(values))
     for _ in range(_REPAIR_ROUNDS):
@@ -122,9 +125,9 @@ def _broken_rules(error: ValidationError, values: Mapping[str, Any]) -> Sequence
             if item["type"] == BROKEN_RULES:
                 broken: Sequence[BrokenRule] = item["ctx"]["broken"]
                 return broken
-            _repair(repaired, real_path(item["loc"]), missing=item["type"] == "missing")
+            _repair(root, repaired, real_path(item["loc"], root), missing=item["type"] == "missing")
         try:
-            RunConfig.model_validate(repaired)
+            root.model_validate(repaired)
         except ValidationError as next_error:
             error = next_error
         else:
@@ -132,7 +135,7 @@ def _broken_rules(error: ValidationError, values: Mapping[str, Any]) -> Sequence
     return ()
 
 
-def _repair(values: dict[str, Any], path: KeyPath, *, missing: bool) -> None:
+def _repair(root: type[Section], values: dict[str, Any], path: KeyPath, *, missing: bool) -> None:
     """Give a missing key a value of the right shape; take a wrong key out, with the list that it stands in."""
     holder: dict[str, Any] = values
     for key in path[:-1]:
@@ -142,7 +145,7 @@ def _repair(values: dict[str, Any], path: KeyPath, *, missing: bool) -> None:
             return
         holder = inner
     if missing:
-        holder[path[-1]] = stand_in(annotation_at(path))
+        holder[path[-1]] = stand_in(annotation_at(path, root))
     else:
         holder.pop(path[-1], None)
 

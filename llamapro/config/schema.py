@@ -1,4 +1,4 @@
-"""The schema as data: what is allowed at a dotted key, in words. Error texts, overrides and the docs page use it."""
+"""A schema as data: what is allowed at a dotted key, in words. Error texts, overrides and the docs page use it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ _SCALARS = {bool: "true or false", Path: "a path", NoneType: "null"}
 NAME_TEXT = "a name (letters, digits, _ and -)"
 
 
-def annotation_at(path: Sequence[str]) -> Any:
+def annotation_at(path: Sequence[str], root: type[BaseModel] = RunConfig) -> Any:
     """What the schema says about a key; None where it knows no such key."""
-    annotation: Any = RunConfig
+    annotation: Any = root
     for key in path:
         annotation = _child(annotation, key)
         if annotation is None:
@@ -35,15 +35,15 @@ def members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def names_at(path: Sequence[str]) -> list[str]:
+def names_at(path: Sequence[str], root: type[BaseModel] = RunConfig) -> list[str]:
     """The keys that exist below a key; empty for plain values and free mappings."""
-    models = _models(annotation_at(path))
+    models = _models(annotation_at(path, root))
     return [name for model in models for name in model.model_fields]
 
 
-def choices_at(path: Sequence[str]) -> list[str]:
+def choices_at(path: Sequence[str], root: type[BaseModel] = RunConfig) -> list[str]:
     """The words that are allowed at a key."""
-    parts = members(annotation_at(path))
+    parts = members(annotation_at(path, root))
     return [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
 
 
@@ -53,9 +53,9 @@ def expected(annotation: Any) -> str:
     return ", or ".join(_expected(part) for part in parts)
 
 
-def real_path(location: Sequence[str | int]) -> tuple[str, ...]:
+def real_path(location: Sequence[str | int], root: type[BaseModel] = RunConfig) -> tuple[str, ...]:
     """The dotted key of a pydantic error location, which also holds names of union alternatives."""
-    annotation: Any = RunConfig
+    annotation: Any = root
     path: list[str] = []
     waiting = list(location)
     while waiting:
