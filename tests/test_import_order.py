@@ -14,7 +14,7 @@ from tests.support.source import Module, imports, loaded_with, modules
 
 ORDER = (
     *("errors", "console", "files", "config", "run_folder", "ranks", "expansion", "data", "planning", "modeling"),
-    *("engine", "checkpoint", "evaluation", "training", "export", "report", "doctor", "cli"),
+    *("engine", "checkpoint", "evaluation", "training", "export", "report", "experiments", "doctor", "cli"),
 )
 MUST_NOT_KNOW = {
     "expansion": {"ranks"},

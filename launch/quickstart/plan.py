@@ -8,10 +8,10 @@ from pathlib import Path
 import orjson
 
 from llamapro.evaluation.results import MEASUREMENTS, RESULTS_NAME
+from llamapro.experiments.commands import deepspeed_command, llamapro_command, output_of, run_command
 from llamapro.files.atomic import write_atomic
 from llamapro.files.digests import sha256_file
 
-from .commands import deepspeed_command, llamapro_command, output_of, run_command
 from .corpus import json_lines, phenotype_documents, wikipedia_documents
 from .materials import MODEL, PHENOTYPES, WIKIPEDIA, fetch, read_member, wheel_path
 from .steps import Step

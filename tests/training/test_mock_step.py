@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from launch.quickstart.commands import deepspeed_command
+from llamapro.experiments.commands import deepspeed_command
 from tests.support.training import prepare, settings
 from tests.training.test_entry import TIMEOUT_SECONDS, command, environment, run
 

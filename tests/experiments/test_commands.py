@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.quickstart.commands import deepspeed_command, llamapro_command, output_of, run_command
 from llamapro.errors import CheckFailed, RetryLater
+from llamapro.experiments.commands import deepspeed_command, llamapro_command, output_of, run_command
 from tests.support.source import ROOT
 
 # A launcher with one rank, which outlives it: the rank notes when it was asked to stop, and takes a moment to save.
@@ -33,7 +33,7 @@ time.sleep(60)
 """
 PARENT = """
 import sys
-from launch.quickstart.commands import run_command
+from llamapro.experiments.commands import run_command
 from llamapro.console import guarded
 
 def work():

@@ -1,0 +1,1 @@
+"""Experiments: methods compared on equal terms, each step run through the public commands, resumable."""
