@@ -16,6 +16,8 @@ import torch.distributed as dist
 from llamapro import console
 from llamapro.errors import UserError
 from llamapro.evaluation.benchmarks.crew import Answering, Crew
+from llamapro.evaluation.intervals import Estimate
+from llamapro.evaluation.verdict import Drop
 from llamapro.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def plan(arguments: argparse.Namespace) -> "Plan | None":
 
 def evaluate(
     arguments: argparse.Namespace, crew: Crew, planned: "Plan", model: tuple[str, Path], base: tuple[str, Path] | None
-) -> None:
+) -> "BenchmarkResults":
     """Measure, print the table, write benchmarks.json."""
     from llamapro.evaluation.benchmarks.measure import TaskSettings, evaluate_benchmarks
     from llamapro.evaluation.benchmarks.store import BENCHMARKS_NAME
@@ -118,6 +120,17 @@ def evaluate(
     results = evaluate_benchmarks(crew, planned, model, base, settings, arguments.output)
     _show(results)
     console.info(f"wrote {arguments.output / BENCHMARKS_NAME}")
+    return results
+
+
+def drops(results: "BenchmarkResults") -> list[Drop]:
+    """By how much each benchmark is worse than with the base, as a fraction of the base's value."""
+    found = []
+    for name, change in results.changes.items():
+        base = results.base[name].metrics[change.metric]
+        estimate = Estimate(change.difference, change.half_width)
+        found.append(Drop.of(name, estimate, base.value, higher_is_better=base.higher_is_better))
+    return found
 
 
 def _show(results: "BenchmarkResults") -> None:
@@ -128,11 +141,12 @@ def _show(results: "BenchmarkResults") -> None:
         if results.base_name is not None:
             change = results.changes[name]
             row += [_value(results.base[name]), _value(task), _interval(change.difference, change.half_width, "+.4f")]
+            row.append(change.verdict)
         else:
             row.append(_interval(shown.value, shown.half_width))
         rows.append(row)
     columns = ["benchmark", "shots", "metric", "items"]
-    columns += ["base", "model", "change"] if results.base_name is not None else ["value"]
+    columns += ["base", "model", "change", "verdict"] if results.base_name is not None else ["value"]
     against = f" against {results.base_name}" if results.base_name is not None else ""
     console.table(f"{results.model_name}{against}: intervals 95 %", columns, rows)
 

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamapro.evaluation.contribution import measure_contributions
+from llamapro.evaluation.intervals import Estimate
 from llamapro.evaluation.measure import Measured, Settings, TextSet, measure, program_versions
 from llamapro.evaluation.results import Change, Contribution, Results, TokenShift, write_results
 from llamapro.evaluation.shift import measure_shifts
 from llamapro.evaluation.text import relative_change
+from llamapro.evaluation.verdict import verdict
 
 
 def evaluate_model(
@@ -35,12 +37,14 @@ def evaluate_model(
         fewer = replace(settings, sequences=detail_sequences)
         contributions = measure_contributions(model[1], model[0], sets, fewer, output)
         shifts = measure_shifts(model[1], base[1], sets, fewer, output)
+    changes = _changes(measured, against) if against else {}
     results = Results(
         settings=settings.as_stored(),
         versions=program_versions(),
         model=measured.result,
         base=against.result if against else None,
-        changes=_changes(measured, against) if against else {},
+        changes={name: Change(fraction=change.value, half_width=change.half_width) for name, change in changes.items()},
+        verdicts={name: verdict(change, higher_is_better=False) for name, change in changes.items()},
         detail_sequences=detail_sequences if base else 0,
         contributions=contributions,
         shifts=shifts,
@@ -49,9 +53,5 @@ def evaluate_model(
     return results
 
 
-def _changes(model: Measured, base: Measured) -> dict[str, Change]:
-    changes = {}
-    for name, score in model.scores.items():
-        estimate = relative_change(score, base.scores[name])
-        changes[name] = Change(fraction=estimate.value, half_width=estimate.half_width)
-    return changes
+def _changes(model: Measured, base: Measured) -> dict[str, Estimate]:
+    return {name: relative_change(score, base.scores[name]) for name, score in model.scores.items()}

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from llamapro.errors import Corrupted
 from llamapro.evaluation.stored import Key, Stored, write_stored
 from llamapro.evaluation.text import RowScore, TextScore, score_rows
+from llamapro.evaluation.verdict import Verdict
 from llamapro.files.atomic import write_atomic
 
 RESULTS_NAME = "results.json"
@@ -95,6 +96,7 @@ class Results(Stored):
         settings: sequence_length (tokens), sequences (rows per set, at most), precision, device.
         versions: of the programs that measured.
         changes: by set name, of the model against the base; empty without a base.
+        verdicts: by set name, what the changes show at 95 %.
         detail_sequences: rows per set, at most, that the rest was measured on.
         contributions: of each added block, by set name.
         shifts: by set name, of the model against the base.
@@ -107,6 +109,7 @@ class Results(Stored):
     model: ModelResult
     base: ModelResult | None = None
     changes: dict[str, Change] = {}
+    verdicts: dict[str, Verdict] = {}
     detail_sequences: int = 0
     contributions: dict[str, dict[str, Contribution]] = {}
     shifts: dict[str, TokenShift] = {}

@@ -74,6 +74,33 @@ def test_model_is_compared_with_its_base_and_the_second_run_only_reads(
         evaluate(root, tmp_path, *tasks, "--limit", 3)
 
 
+@pytest.mark.usefixtures("own_archive")
+def test_drop_of_a_benchmark_beyond_the_limit_fails_after_the_results_are_written(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, metric = "mbpp_bits_per_byte", "bits_per_byte,none"
+    folders = [root / "model", root / "base"]
+    options = ("--tasks", name, "--task-data", root / "items.whl", "--output", tmp_path)
+
+    def compare(*more: object) -> int:
+        return main(["evaluate", *map(str, (folders[0], "--compare", folders[1], *options, *more))])
+
+    assert compare() == 0
+    if written(tmp_path)["changes"][name]["difference"] < 0:
+        folders.reverse()
+        assert compare() == 0
+    found = written(tmp_path)
+    change = found["changes"][name]
+    assert change["difference"] > change["half_width"] > 0, "the drop is shown"
+    assert change["verdict"] == "worse"
+    fraction = change["difference"] / found["base"][name]["metrics"][metric]["value"]
+    assert compare("--fail-if-drop", fraction * 1.01) == 0
+    (tmp_path / "benchmarks.json").unlink()
+    assert compare("--fail-if-drop", fraction * 0.99) == 1
+    assert f"{name} by {fraction:+.2%}" in capsys.readouterr().err
+    assert written(tmp_path) == found
+
+
 def test_two_processes_score_as_one(root: Path, tmp_path: Path) -> None:
     arguments = ("--tasks", "hellaswag:3", "arc_easy", "mbpp", "--run-programs", "--task-data", root / "items.whl")
     found = []

@@ -76,6 +76,7 @@ def test_expanded_model_scores_exactly_as_its_base(tiny: TinyRun, tmp_path: Path
     results = orjson.loads((tmp_path / "results.json").read_bytes())
     assert results["model"]["digest"] != results["base"]["digest"]
     assert results["changes"]["law"] == {"fraction": 0.0, "half_width": 0.0}
+    assert results["verdicts"] == {"law": "no difference shown"}
 
 
 def test_run_is_evaluated_as_its_export_on_its_own_sets_and_nothing_is_left(
@@ -121,6 +122,7 @@ def test_drop_beyond_the_limit_fails_after_the_results_are_written(
     assert evaluate(tiny.base, *options) == 0
     fraction = orjson.loads((tmp_path / "results.json").read_bytes())["changes"]["law"]["fraction"]
     assert fraction > 0, "the random base is the worse of the two"
+    assert orjson.loads((tmp_path / "results.json").read_bytes())["verdicts"] == {"law": "worse"}
     assert evaluate(tiny.base, *options, "--fail-if-drop", fraction * 1.01) == 0
     (tmp_path / "results.json").unlink()
     assert evaluate(tiny.base, *options, "--fail-if-drop", fraction * 0.99) == 1

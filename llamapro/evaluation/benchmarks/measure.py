@@ -29,6 +29,7 @@ from llamapro.evaluation.benchmarks.suite import Benchmark
 from llamapro.evaluation.benchmarks.tasks import no_bars
 from llamapro.evaluation.measure import compute_dtype, program_versions
 from llamapro.evaluation.model_digest import model_digest, words_digest
+from llamapro.evaluation.verdict import verdict
 from llamapro.files.atomic import remove_tree
 
 ANSWERS = "answers"
@@ -201,4 +202,9 @@ def shown_metric(benchmark: Benchmark, metrics: Sequence[str]) -> str:
 def _change(line: Line, model: TaskScore, base: TaskScore) -> TaskChange:
     metric = shown_metric(line.benchmark, list(model.metrics))
     estimate = difference(model.metrics[metric], base.metrics[metric])
-    return TaskChange(metric=metric, difference=estimate.value, half_width=estimate.half_width)
+    return TaskChange(
+        metric=metric,
+        difference=estimate.value,
+        half_width=estimate.half_width,
+        verdict=verdict(estimate, higher_is_better=model.metrics[metric].higher_is_better),
+    )

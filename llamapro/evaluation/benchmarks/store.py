@@ -8,6 +8,7 @@ import orjson
 from llamapro.evaluation.benchmarks.score import MetricScore, TaskScore
 from llamapro.evaluation.results import MEASUREMENTS
 from llamapro.evaluation.stored import Key, Stored, write_stored
+from llamapro.evaluation.verdict import Verdict
 from llamapro.files.atomic import write_atomic
 
 BENCHMARKS_NAME = "benchmarks.json"
@@ -58,11 +59,12 @@ class TaskResult(Stored):
 
 
 class TaskChange(Stored):
-    """By how much the model's metric is above the base's, with its 95 % half width."""
+    """By how much the model's metric is above the base's, with its 95 % half width, and what that shows."""
 
     metric: str
     difference: float
     half_width: float | None
+    verdict: Verdict
 
 
 class BenchmarkResults(Stored):
