@@ -27,7 +27,7 @@ from llamapro.planning.plan import RESERVED_FRACTION, ZERO_STAGES, Choice, Job, 
 from llamapro.planning.run_job import compiles, job_of_run
 from llamapro.planning.shape import DecoderShape, Learning
 from llamapro.planning.tables import FLOPS_COLUMNS, MEMORY_COLUMNS, flops_rows, gib, memory_rows, recomputation
-from llamapro.training.model_facts import ModelFacts, resolve_trainable
+from llamapro.training.model_facts import ModelFacts, learning_of, resolve_trainable
 
 DEFAULT_SEQUENCE_LENGTH = 4096
 BILLION = 1e9
@@ -159,7 +159,7 @@ def _model_of_run(model: ModelConfig) -> tuple[DecoderShape, Learning]:
     shape = DecoderShape.from_config(config)
     facts = ModelFacts(model.path, config, family_of(config), shape, record)
     chosen = resolve_trainable(model, "pretrain" if record else "sft", facts)
-    return shape, Learning(chosen.blocks, chosen.everything)
+    return shape, learning_of(chosen)
 
 
 def _print(title: str, first: str, columns: Mapping[str, Sequence[str]]) -> None:

@@ -29,7 +29,8 @@ class ModelConfig(Section):
     """Which model, and which of its parameters learn."""
 
     path: FilePath
-    """Folder written by `llamapro expand` or `llamapro export`; instruction tuning takes any model folder."""
+    """Folder written by `llamapro expand` or `llamapro export`; with trainable: all, lora or a list of block ids any
+    model folder."""
 
     trainable: TrainableChoice | ExpansionName | BlockIds = "auto"
     """What learns: auto (pretraining: new; instruction tuning: all), new (the blocks that any expansion added),

@@ -153,6 +153,12 @@ def _fp8_weights_are_whole(config: RunConfig) -> Iterator[BrokenRule]:
         yield BrokenRule("engine.precision", text, ("engine.precision", "engine.zero_stage"))
 
 
+def _adapters_are_not_on_fp8(config: RunConfig) -> Iterator[BrokenRule]:
+    if config.engine.precision == "fp8-frozen" and config.model.trainable == "lora":
+        text = "'fp8-frozen' would round the weights that adapters stand beside, and are merged into; use bf16"
+        yield BrokenRule("engine.precision", text, ("engine.precision", "model.trainable"))
+
+
 _RULES: Final[tuple[Callable[[RunConfig], Iterator[BrokenRule]], ...]] = (
     _one_kind_of_share,
     _stages_fit,
@@ -164,4 +170,5 @@ _RULES: Final[tuple[Callable[[RunConfig], Iterator[BrokenRule]], ...]] = (
     _lora_is_described,
     _blocks_are_named_once,
     _fp8_weights_are_whole,
+    _adapters_are_not_on_fp8,
 )

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from llamapro import console
-from llamapro.checkpoint.tensors import CheckpointTensors
 from llamapro.errors import UserError
 from llamapro.expansion.record import CONFIG_NAME, ExpansionRecord, write_record
 from llamapro.expansion.source import companion_files, read_config, resolve_model
 from llamapro.expansion.strength import Strengths, described
+from llamapro.export.adapters import record_after, trained_tensors
 from llamapro.export.card import CARD_NAME, CardFacts, license_files, model_card
-from llamapro.export.carry import carried_config, carried_record, trained_record
+from llamapro.export.carry import carried_config, carried_record
 from llamapro.export.delta import FILES, TENSORS, open_delta, rebuilt_tensors, write_index
 from llamapro.export.history import read_history
 from llamapro.export.source import TrainedSource, find_trained, is_delta
@@ -105,10 +105,11 @@ def _refuse(condition: bool, message: str) -> None:
 def _merge(
     trained: TrainedSource, out: Path, dtype: str, delta: bool, overwrite: bool, request: StrengthRequest
 ) -> ExportSummary:
-    masters = CheckpointTensors(trained.checkpoint)
-    record = trained_record(trained.record, masters.names()) if trained.record else None
+    model = TensorFolder.open(trained.model)
+    masters = trained_tensors(trained, model)
+    record = record_after(trained.record, masters)
     strengths = request.resolved(record)
-    merged = merged_tensors(TensorFolder.open(trained.model), trained.record, masters, dtype)
+    merged = merged_tensors(model, trained.record, masters, dtype)
     tensors = at_strengths(merged, record, strengths)
     nbytes = planned_bytes(tensors, only_own=delta)
     require_free_space(out, nbytes + SMALL_FILES_BYTES, "the export")

@@ -6,8 +6,9 @@ Nothing is held in memory but a chunk. A frozen tensor whose bytes are not those
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from llamapro.checkpoint.tensors import CheckpointTensors
+from llamapro.checkpoint.tensors import Float32Array
 from llamapro.errors import Corrupted, UserError
 from llamapro.expansion.lineage import untrained_base_tensors
 from llamapro.expansion.record import ExpansionRecord
@@ -44,8 +45,21 @@ class ExportTensor:
     folder_dtype: str
 
 
+class TrainedTensors(Protocol):
+    """Trained tensors by their names in the model folder, as a checkpoint holds them."""
+
+    def names(self) -> tuple[str, ...]:
+        """Of all of them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+
+    def read_master(self, name: str) -> Iterator[Float32Array]:
+        """A tensor's float32 values, flattened, in consecutive chunks."""
+
+
 def merged_tensors(
-    model: TensorFolder, record: ExpansionRecord | None, trained: CheckpointTensors, dtype: str
+    model: TensorFolder, record: ExpansionRecord | None, trained: TrainedTensors, dtype: str
 ) -> list[ExportTensor]:
     """Every tensor of the model folder, the trained ones from the checkpoint, in the folder's order.
 
@@ -57,10 +71,28 @@ def merged_tensors(
         Corrupted: the folder lacks a tensor of the record.
     """
     _require_same_model(model, trained)
-    untouched = {name: digest.sha256 for name, digest in untrained_base_tensors(record).items()} if record else {}
+    untouched = untouched_digests(record)
     if missing := sorted(set(untouched) - set(model.entries)):
         raise Corrupted(f"{model.folder} lacks the base tensor {missing[0]}; expand the base again")
     return [_merged(model, name, untouched.get(name), trained, dtype) for name in model.entries]
+
+
+def untouched_digests(record: ExpansionRecord | None) -> dict[str, str]:
+    """SHA-256 of the tensors in the model folder that must still be the base's."""
+    return {name: digest.sha256 for name, digest in untrained_base_tensors(record).items()} if record else {}
+
+
+def base_chunks(model: TensorFolder, name: str, sha256: str | None) -> Iterator[bytes]:
+    """A tensor of the model folder.
+
+    Raises:
+        Corrupted: it is not what its digest says, after the last chunk.
+    """
+    if sha256 is None:
+        return model.chunks(name)
+    entry = model.entries[name]
+    complaint = f"{entry.file}: base tensor {name} differs from the record; restore the folder or expand the base again"
+    return checked(model.chunks(name), entry.dtype, sha256, complaint)
 
 
 def checked(chunks: Iterable[bytes], dtype: str, sha256: str, complaint: str) -> Iterator[bytes]:
@@ -116,29 +148,23 @@ def cast_dtype(folder_dtype: str, dtype: str) -> str:
     return (OUTPUT_DTYPES[dtype] or folder_dtype) if folder_dtype in FLOAT_DTYPES else folder_dtype
 
 
-def _merged(model: TensorFolder, name: str, sha256: str | None, trained: CheckpointTensors, dtype: str) -> ExportTensor:
+def _merged(model: TensorFolder, name: str, sha256: str | None, trained: TrainedTensors, dtype: str) -> ExportTensor:
     entry = model.entries[name]
     out = cast_dtype(entry.dtype, dtype)
     planned = PlannedTensor(name, out, entry.shape)
     if name in trained.names():
         return ExportTensor(planned, lambda: _masters(trained, name, out), True, entry.dtype)
-    if sha256 is None:
-        return ExportTensor(planned, lambda: cast_chunks(model.chunks(name), entry.dtype, out), True, entry.dtype)
-    return ExportTensor(planned, lambda: _frozen(model, name, sha256, out), False, entry.dtype)
+    return ExportTensor(
+        planned, lambda: cast_chunks(base_chunks(model, name, sha256), entry.dtype, out), sha256 is None, entry.dtype
+    )
 
 
-def _masters(trained: CheckpointTensors, name: str, dtype: str) -> Iterator[bytes]:
+def _masters(trained: TrainedTensors, name: str, dtype: str) -> Iterator[bytes]:
     chunks = (values.tobytes() for values in trained.read_master(name))
     return cast_chunks(chunks, MASTER_DTYPE, dtype)
 
 
-def _frozen(model: TensorFolder, name: str, sha256: str, dtype: str) -> Iterator[bytes]:
-    entry = model.entries[name]
-    complaint = f"{entry.file}: base tensor {name} differs from the record; restore the folder or expand the base again"
-    return cast_chunks(checked(model.chunks(name), entry.dtype, sha256, complaint), entry.dtype, dtype)
-
-
-def _require_same_model(model: TensorFolder, trained: CheckpointTensors) -> None:
+def _require_same_model(model: TensorFolder, trained: TrainedTensors) -> None:
     for name in sorted(trained.names()):
         shape = model.entries[name].shape if name in model.entries else None
         if shape != trained.shape(name):

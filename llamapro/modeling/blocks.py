@@ -44,7 +44,7 @@ def prepare_blocks(blocks: nn.ModuleList, trainable: TrainableSet) -> None:
         block.__class__ = _with_kind(type(block))  # type: ignore[arg-type]
         block.kind, block.bypassed, block.tuple_length = kind, False, None  # type: ignore[assignment]
         block.recompute = block.compiled = None  # type: ignore[assignment]
-        if kind is not BlockKind.TRAINABLE:
+        if kind is not BlockKind.TRAINABLE or trainable.adapters is not None:
             freeze_linears(block)
 
 

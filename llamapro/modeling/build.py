@@ -26,6 +26,7 @@ from llamapro.modeling.attention import AttentionNeeds, choose_attention, regist
 from llamapro.modeling.blocks import prepare_blocks
 from llamapro.modeling.flash import activate
 from llamapro.modeling.logits import head_steps
+from llamapro.modeling.lora import adapter_targets, add_adapters, drawing
 from llamapro.modeling.loss import make_loss_head
 from llamapro.modeling.masks import DocumentMasks
 from llamapro.modeling.model import LanguageModel
@@ -50,6 +51,7 @@ def build_model(
     attention: str = "auto",
     when_filled: Callable[[nn.Module], None] | None = None,
     digest_share: tuple[int, int] = (0, 1),
+    seed: int = 0,
 ) -> LanguageModel:
     """Build a model for training or evaluation. No code in the folder is run.
 
@@ -62,6 +64,7 @@ def build_model(
             that owns parameters. Afterwards the module may hold only this rank's share, or codes of its weights. It
             may be collective.
         digest_share: (rank, world size): which of the digests this process checks.
+        seed: of the first values of adapters.
 
     Raises:
         ModelRefused: the folder can't be trained as it is; says why. The same on every rank.
@@ -79,14 +82,30 @@ def build_model(
         activate(choice.flash)
     mark_trainable(hf, trainable, decoder_prefix)
     masks = DocumentMasks(blocks) if own_attention(config) else None
+    targets = adapter_targets(hf, decoder_prefix, trainable.blocks) if trainable.adapters else {}
     prepare_blocks(blocks, trainable)
     make_loss_head(_plain_head(hf), head_steps(config))
     expected = {} if record is None else expected_digests(record, digest_share)
     reader = open_weights(hf, tensors, dtype, device, expected)
     config.dtype = dtype
+    stored = reader.stored
+    if targets:
+        stored = add_adapters(hf, targets, trainable, stored)
+        when_filled = _in_turn(drawing(hf, seed, dtype, device), when_filled)
     fill_model(hf, blocks, reader, when_filled)
     reader.check_rest()
-    return LanguageModel(hf, decoder_prefix, trainable, choice, masks, reader.stored)
+    return LanguageModel(hf, decoder_prefix, trainable, choice, masks, stored)
+
+
+def _in_turn(first: Callable[[nn.Module], None], then: Callable[[nn.Module], None] | None) -> Callable[..., None]:
+    """Both, one after the other."""
+
+    def both(module: nn.Module) -> None:
+        first(module)
+        if then is not None:
+            then(module)
+
+    return both
 
 
 def own_attention(config: PretrainedConfig) -> str:

@@ -44,6 +44,11 @@ def freeze_linears(block: nn.Module) -> None:
             module.__class__ = _FROZEN_CLASSES[type(module)]
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer is one that `freeze_linears` turns into a frozen one."""
+    return type(module) in _FROZEN_CLASSES
+
+
 def is_frozen_linear(module: nn.Module) -> bool:
     """Whether a layer was made a frozen one."""
     return type(module) in _FROZEN_CLASSES.values()

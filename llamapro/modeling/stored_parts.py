@@ -63,6 +63,14 @@ class StoredParts:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
+    def rearranged(self, renamed: Mapping[str, str], added: Mapping[str, Sequence[Part]]) -> "StoredParts":
+        """The parts when some parameters have got other names, and some have been added."""
+        return StoredParts({renamed.get(name, name): parts for name, parts in self._parts.items()} | dict(added))
+
+    def of(self, name: str) -> Sequence[Part]:
+        """The parts of a parameter."""
+        return self._parts[name]
+
     def names(self, parameters: Iterable[str]) -> list[str]:
         """The stored tensors that some parameters are made of."""
         return [part.name for parameter in parameters for part in self._parts[parameter]]

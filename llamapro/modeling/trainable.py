@@ -13,16 +13,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): beside a linear W, alpha / rank · B A is added to what it computes.
+
+    Attributes:
+        rank: rows of A, columns of B.
+        transposed: the model holds its matrices as (in_features, out_features).
+    """
+
+    rank: int
+    alpha: float
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class TrainableSet:
     """The parameters that learn.
 
     Attributes:
         blocks: indices into the decoder's list of blocks; ignored when `everything` is set.
         everything: every parameter learns: all blocks, embedding, final norm and head.
+        adapters: they alone learn, beside every linear of `blocks`; None: the parameters of `blocks` do.
     """
 
     blocks: frozenset[int]
     everything: bool = False
+    adapters: Adapters | None = None
 
     @classmethod
     def of(cls, blocks: Iterable[int]) -> TrainableSet:
@@ -33,6 +49,11 @@ class TrainableSet:
     def all(cls) -> TrainableSet:
         """Every parameter."""
         return cls(frozenset(), everything=True)
+
+    @classmethod
+    def of_adapters(cls, blocks: Iterable[int], adapters: Adapters) -> TrainableSet:
+        """Adapters on exactly these blocks."""
+        return cls(frozenset(blocks), adapters=adapters)
 
     @property
     def lowest(self) -> int | None:
@@ -62,7 +83,8 @@ def mark_trainable(model: nn.Module, trainable: TrainableSet, decoder_prefix: st
     """Set `requires_grad` of every parameter, and return those that learn with their names, in the model's order.
 
     A parameter under two names (tied embeddings) is returned once. Parameters that transformers itself doesn't train
-    (the biases that balance experts, which no gradient reaches) never learn.
+    (the biases that balance experts, which no gradient reaches) never learn. Adapters come later (`lora`): beside them
+    nothing learns.
 
     Raises:
         ModelRefused: the set names a block that the model doesn't have.
@@ -74,5 +96,6 @@ def mark_trainable(model: nn.Module, trainable: TrainableSet, decoder_prefix: st
         blocks = 1 + max((block for block in owners.values() if block is not None), default=-1)
         raise ModelRefused(f"trainable blocks {absent} are not in the model, which has blocks 0 to {blocks - 1}")
     for name, parameter in names.items():
-        parameter.requires_grad_(parameter.requires_grad and trainable.includes(owners[name]))
+        learns = trainable.adapters is None and trainable.includes(owners[name])
+        parameter.requires_grad_(parameter.requires_grad and learns)
     return [(name, parameter) for name, parameter in names.items() if parameter.requires_grad]

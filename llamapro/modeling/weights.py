@@ -55,10 +55,10 @@ class WeightReader:
     _filled: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def fill(self, module: nn.Module) -> None:
-        """Make a module, and all below it, real: parameters on the meta device, and buffers that are stored."""
+        """Make a module, and all below it, real: parameters and buffers that are stored. Adapters are not."""
         for owner in module.modules():
             for name, parameter in owner._parameters.items():
-                if parameter is not None and parameter.is_meta:
+                if parameter is not None and parameter.is_meta and id(parameter) in self.sources:
                     owner._parameters[name] = self._real(parameter)
             for name, buffer in owner._buffers.items():
                 if buffer is not None and id(buffer) in self.sources:

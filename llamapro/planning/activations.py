@@ -17,12 +17,14 @@ def kept_bytes(
         width: bytes per activation, 2 for bf16.
         fused: the block is compiled into kernels that keep inputs only.
     """
-    scores = score_bytes(shape, width, sequence_length) if shape.scores_kept else 0
+    size = shape.block_sizes[block]
+    own = float(size.linears * size.adapter_rank * width)  # what each adapter's A computes, for the gradient of its B
+    if size.kept and not fused:
+        return own + size.kept[width, trainable].at(sequence_length)
+    own += score_bytes(shape, width, sequence_length) if shape.scores_kept else 0
     if fused:
-        return scores + (fused_trainable_block_bytes if trainable else fused_frozen_block_bytes)(shape, width)
-    if kept := shape.block_sizes[block].kept:
-        return kept[width, trainable].at(sequence_length)
-    return scores + (trainable_block_bytes if trainable else frozen_block_bytes)(shape, width)
+        return own + (fused_trainable_block_bytes if trainable else fused_frozen_block_bytes)(shape, width)
+    return own + (trainable_block_bytes if trainable else frozen_block_bytes)(shape, width)
 
 
 def score_bytes(shape: DecoderShape, width: int, sequence_length: int) -> float:

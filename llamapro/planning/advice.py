@@ -43,7 +43,7 @@ def _shorter(job: Job, budget: float) -> Iterator[str]:
 
 def _fewer_blocks(job: Job, budget: float) -> Iterator[str]:
     """Without some of the blocks that learn, as an expansion by fewer blocks is."""
-    learning = sorted(job.learning.blocks)
+    learning = [] if job.learning.adapter_rank else sorted(job.learning.blocks)
     for count in (len(learning) // 2, len(learning) // 4):
         if count < 1:
             return

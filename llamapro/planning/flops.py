@@ -70,7 +70,7 @@ def flops_per_token(
         sequence_length: tokens that attention runs over.
         recomputed: blocks that are computed again in the backward pass.
     """
-    backward, trainable = learning.backward(shape), learning.trainable(shape)
+    backward = learning.backward(shape)
     head = 2 * shape.head_parameters
     backward_attention = _MODEL_ATTENTION_BACKWARD * _attention(shape, backward, sequence_length)
     again = 0.0 if shape.scores_kept else _HARDWARE_ATTENTION_BACKWARD / _MODEL_ATTENTION_BACKWARD - 1
@@ -81,7 +81,7 @@ def flops_per_token(
         input_gradient=_linears(backward) + (head if backward else 0),
         attention_backward=backward_attention,
         attention_recompute=again * backward_attention,
-        weight_gradient=_linears(trainable) + (head if learning.everything else 0),
+        weight_gradient=2.0 * learning.matrices(shape) + (head if learning.everything else 0),
         block_recompute=sum(again_flops_of_block(shape, block, sequence_length) for block in recomputed),
         frozen_linear=_linears(frozen),
     )

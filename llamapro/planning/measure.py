@@ -98,7 +98,24 @@ def _block_size(config: "PretrainedConfig", block: "nn.Module", index: int) -> B
         if parameter.ndim > 1 and not name.endswith("bias")
     )
     parameters = sum(parameter.numel() for parameter in block.parameters())
-    return BlockSize(parameters, matrices, _window(config, index), fp8_saving=saved_bytes(block))
+    widths = _linear_widths(block)
+    return BlockSize(
+        parameters,
+        matrices,
+        _window(config, index),
+        fp8_saving=saved_bytes(block),
+        linears=len(widths),
+        linear_widths=sum(widths),
+    )
+
+
+def _linear_widths(block: "nn.Module") -> list[int]:
+    """Inputs and outputs of each linear, together."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    linears = (module for module in block.modules() if isinstance(module, nn.Linear | Conv1D))
+    return [sum(linear.weight.shape) for linear in linears]
 
 
 def _ending(family: Family, block: "nn.Module") -> dict[str, Any]:

@@ -19,7 +19,7 @@ def job_of_run(
     """
     engine = config.engine
     return Job(
-        shape=shape,
+        shape=shape.with_adapters(learning),
         learning=learning,
         precision=engine.precision,
         sequence_length=config.data.sequence_length,

@@ -20,6 +20,8 @@ class BlockSize:
         window: tokens that a position attends to at most, itself included; None: all before it.
         experts: tokens go to different weights.
         fp8_saving: bytes that it takes less when it is frozen and in FP8, against bf16.
+        linears: how many there are; `linear_widths`: the sum of their inputs and outputs.
+        adapters: of its parameters and matrices, those of adapters; `adapter_rank`: of theirs.
         kept: what its backward pass needs, by width and kind; empty where that couldn't be seen.
     """
 
@@ -29,7 +31,17 @@ class BlockSize:
     last_matrix: int = 0
     experts: bool = False
     fp8_saving: int = 0
+    linears: int = 0
+    linear_widths: int = 0
+    adapters: int = 0
+    adapter_rank: int = 0
     kept: "KeptByKind" = field(default_factory=dict, compare=False)
+
+    def with_adapters(self, rank: int) -> Self:
+        """The block with an adapter beside each of its linears."""
+        added = rank * self.linear_widths
+        parameters, matrices = self.parameters + added, self.matrices + added
+        return replace(self, parameters=parameters, matrices=matrices, adapters=added, adapter_rank=rank)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,15 @@ class DecoderShape:
         """The model whose blocks are these of this one, with repeats: what an expansion's layout says."""
         return replace(self, block_sizes=tuple(self.block_sizes[source] for source in sources))
 
+    def with_adapters(self, learning: "Learning") -> Self:
+        """The model with the adapters that learn, if any do."""
+        rank = learning.adapter_rank
+        if not rank:
+            return self
+        sizes = enumerate(self.block_sizes)
+        adapted = tuple(size.with_adapters(rank) if learning.includes(block) else size for block, size in sizes)
+        return replace(self, block_sizes=adapted)
+
     @property
     def blocks(self) -> int:
         """Number of blocks."""
@@ -90,7 +111,7 @@ class DecoderShape:
     def intermediate(self) -> float:
         """Width of a gated MLP with as many weights as a block's MLP (its chosen experts) has on average."""
         attention = self.hidden * (self.query_width + self.key_width) * (1 + self.value_dim / self.key_dim)
-        mean = sum(size.matrices for size in self.block_sizes) / self.blocks
+        mean = sum(size.matrices - size.adapters for size in self.block_sizes) / self.blocks
         return max(0.0, mean - attention) / (3 * self.hidden)
 
     @property
@@ -111,10 +132,12 @@ class Learning:
     Attributes:
         blocks: ids of the blocks that learn.
         everything: all parameters learn, those outside the blocks too.
+        adapter_rank: of these blocks only adapters learn, of this rank; 0: the blocks do.
     """
 
     blocks: frozenset[int]
     everything: bool = False
+    adapter_rank: int = 0
 
     def lowest(self) -> int | None:
         """The lowest block that learns; None when nothing does."""
@@ -148,5 +171,11 @@ class Learning:
 
     def parameters(self, shape: DecoderShape) -> int:
         """Trainable parameters."""
+        if self.adapter_rank:
+            return sum(size.adapters for size in self.trainable(shape))
         outside = shape.other_parameters if self.everything else 0
         return sum(size.parameters for size in self.trainable(shape)) + outside
+
+    def matrices(self, shape: DecoderShape) -> int:
+        """Weights in the blocks that gradients are computed of, as `BlockSize.matrices` counts them."""
+        return sum(size.adapters if self.adapter_rank else size.matrices for size in self.trainable(shape))

@@ -9,6 +9,7 @@ from llamapro.planning.memory import GIB
 from llamapro.planning.plan import ZERO_STAGES, Job
 
 MEMORY_COLUMNS: Final = ("item", *(f"ZeRO-{stage}" for stage in ZERO_STAGES))
+LEARNING_COLUMNS: Final = ("component", "parameters", "that learn")
 FLOPS_COLUMNS: Final = ("work", "GFLOP per token")
 _SMALL_GIB: Final = 0.1
 _ITEMS: Final = {
@@ -39,6 +40,29 @@ def recomputation(job: Job, recomputed: Collection[int]) -> str:
     blocks = job.learning.backward_blocks(job.shape)
     ids = ", ".join(map(str, sorted(recomputed)))
     return f"{len(recomputed)} of {blocks} blocks, +{job.recompute_flops(recomputed) / 1e9:.3g} GFLOP per token ({ids})"
+
+
+def learning_rows(job: Job) -> list[tuple[str, str, str]]:
+    """Parameters by component, and how many of them learn."""
+    shape, learning = job.shape, job.learning
+    learns, frozen = learning.trainable(shape), learning.frozen(shape)
+    adapters = sum(size.adapters for size in learns)
+    own = sum(size.parameters for size in learns) - adapters
+    amounts = [
+        ("embedding, final norm, head", shape.other_parameters, shape.other_parameters * learning.everything),
+        (_blocks(len(frozen), "that don't learn"), sum(size.parameters for size in frozen), 0),
+        (_blocks(len(learns), "with adapters" if adapters else "that learn"), own, 0 if adapters else own),
+        (_beside(sum(size.linears for size in learns), learning.adapter_rank), adapters, adapters),
+    ]
+    return [(name, f"{all_of_it:,}", f"{part:,}") for name, all_of_it, part in amounts if all_of_it]
+
+
+def _blocks(count: int, kind: str) -> str:
+    return f"{count} block{'s' if count != 1 else ''} {kind}"
+
+
+def _beside(linears: int, rank: int) -> str:
+    return f"adapters of rank {rank} beside {linears} linears"
 
 
 def memory_rows(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llamapro.config.model import ModelConfig
+from llamapro.config.model import BlockIds, LoraConfig, ModelConfig
 from llamapro.config.root import RunConfig
 from llamapro.errors import ModelRefused
 from llamapro.expansion.families import Family, family_of
@@ -14,9 +14,10 @@ from llamapro.expansion.lineage import added_blocks, generations
 from llamapro.expansion.record import RECORD_NAME, ExpansionRecord, read_record
 from llamapro.expansion.source import read_config, refuse_other_weights
 from llamapro.files.tensors import FLOAT_DTYPES, TensorFolder
-from llamapro.modeling.trainable import TrainableSet
+from llamapro.modeling.lora import adapter_targets, holds_transposed, require_peft
+from llamapro.modeling.trainable import Adapters, TrainableSet
 from llamapro.modeling.weights import float32_buffers
-from llamapro.planning.shape import DecoderShape
+from llamapro.planning.shape import DecoderShape, Learning
 from llamapro.training.findings import Findings
 
 Stage = Literal["pretrain", "sft"]
@@ -67,25 +68,56 @@ def resolve_trainable(model: ModelConfig, stage: Stage, facts: ModelFacts) -> Tr
     """What the setting `model.trainable` stands for.
 
     Raises:
-        ModelRefused: it needs a record that the folder does not have, or names blocks that it may not name.
+        ModelRefused: it needs a record that the folder does not have, names blocks that it may not name, or asks for
+            adapters beside what can't have any.
+        UserError: adapters are asked for, and peft is missing.
     """
     choice = model.trainable
     if choice == "auto":
         choice = "new" if stage == "pretrain" else "all"
     if choice == "all":
         return TrainableSet.all()
+    if choice == "lora":
+        assert model.lora is not None, "a rule of the configuration"
+        return _adapters(model.lora, stage, facts)
+    if isinstance(choice, tuple):
+        return TrainableSet.of(_named_blocks(choice, stage, facts))
+    record = _record_for(choice, facts)
+    if choice == "new":
+        return TrainableSet.of(added_blocks(record))
+    if choice.startswith(EXPANSION):
+        return TrainableSet.of(_blocks_of_expansion(choice, facts.folder, record))
+    return TrainableSet.of(record.new_blocks)
+
+
+def learning_of(trainable: TrainableSet) -> Learning:
+    """What learns, as the planner sees it."""
+    rank = trainable.adapters.rank if trainable.adapters else 0
+    return Learning(trainable.blocks, trainable.everything, rank)
+
+
+def _adapters(lora: LoraConfig, stage: Stage, facts: ModelFacts) -> TrainableSet:
+    require_peft()
+    blocks = _adapted_blocks(lora.blocks, stage, facts)
+    hf = build_without_weights(facts.folder)
+    transposed = holds_transposed(adapter_targets(hf, facts.family.decoder_prefix, blocks))
+    return TrainableSet.of_adapters(blocks, Adapters(lora.rank, lora.alpha, transposed))
+
+
+def _adapted_blocks(choice: Literal["all", "new"] | BlockIds, stage: Stage, facts: ModelFacts) -> tuple[int, ...]:
     if isinstance(choice, tuple):
         return _named_blocks(choice, stage, facts)
+    return tuple(range(facts.shape.blocks)) if choice == "all" else added_blocks(_record_for(choice, facts))
+
+
+def _record_for(choice: str, facts: ModelFacts) -> ExpansionRecord:
+    """The record, which a choice of blocks can't do without."""
     if facts.record is None:
         raise ModelRefused(
             f"{choice!r} needs the record {RECORD_NAME} that `llamapro expand` writes, and {facts.folder} has none; "
             "expand the model first, or give all or a list of block ids"
         )
-    if choice == "new":
-        return TrainableSet.of(added_blocks(facts.record))
-    if choice.startswith(EXPANSION):
-        return TrainableSet.of(_blocks_of_expansion(choice, facts.folder, facts.record))
-    return TrainableSet.of(facts.record.new_blocks)
+    return facts.record
 
 
 def _open_weights(folder: Path) -> TensorFolder:
@@ -130,7 +162,7 @@ def _check_positions(config: RunConfig, model_config: Mapping[str, Any], finding
         )
 
 
-def _named_blocks(blocks: tuple[int, ...], stage: Stage, facts: ModelFacts) -> TrainableSet:
+def _named_blocks(blocks: tuple[int, ...], stage: Stage, facts: ModelFacts) -> tuple[int, ...]:
     count = facts.shape.blocks
     if absent := [block for block in blocks if block >= count]:
         raise ModelRefused(f"blocks {_listed(absent)} don't exist; {facts.folder} has blocks 0 to {count - 1}")
@@ -141,7 +173,7 @@ def _named_blocks(blocks: tuple[int, ...], stage: Stage, facts: ModelFacts) -> T
                 f"blocks {_listed(old)} are not in the record: they belong to the base, which pretraining must not "
                 f"change; new blocks are {_listed(added)}"
             )
-    return TrainableSet.of(blocks)
+    return blocks
 
 
 def _blocks_of_expansion(choice: str, folder: Path, record: ExpansionRecord) -> tuple[int, ...]:

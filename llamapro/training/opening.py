@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from llamapro.training.live_record import record_in_memory
 from llamapro.training.metrics import MetricsLog, cut_back
 from llamapro.training.preflight import Facts
 from llamapro.training.progress import Progress
-from llamapro.training.resume import ResumeDecision, RunIdentity, architecture_digest, decide_resume
+from llamapro.training.resume import AdapterIdentity, ResumeDecision, RunIdentity, architecture_digest, decide_resume
 from llamapro.training.session import Session
 from llamapro.training.signals import StopRequest
 from llamapro.training.sources import configured_blend, open_stream, open_validation_sets, resolved_steps
@@ -138,6 +139,7 @@ def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdent
         model=facts.record.digest() if facts.record else model_digest(facts.model_folder),
         architecture=architecture_digest(facts.model_config),
         trainable="all" if trainable.everything else ",".join(map(str, sorted(trainable.blocks))),
+        adapters=AdapterIdentity(**asdict(trainable.adapters)) if trainable.adapters else None,
         seed=config.run.seed,
         sequence_length=config.data.sequence_length,
         packing=config.data.packing,
@@ -165,6 +167,7 @@ def _build(config: RunConfig, facts: Facts, ranks: Ranks) -> LanguageModel:
         attention=config.engine.attention,
         when_filled=_when_filled(config, facts),
         digest_share=(ranks.rank, ranks.world_size),
+        seed=config.run.seed,
     )
 
 

@@ -22,14 +22,22 @@ from llamapro.planning.flops import FlopsPerToken
 from llamapro.planning.memory import Memory
 from llamapro.planning.plan import Choice, Job, choose, usable_bytes
 from llamapro.planning.run_job import job_of_run
-from llamapro.planning.shape import Learning
-from llamapro.planning.tables import FLOPS_COLUMNS, MEMORY_COLUMNS, flops_rows, gib, memory_rows, recomputation
+from llamapro.planning.tables import (
+    FLOPS_COLUMNS,
+    LEARNING_COLUMNS,
+    MEMORY_COLUMNS,
+    flops_rows,
+    gib,
+    learning_rows,
+    memory_rows,
+    recomputation,
+)
 from llamapro.training.data_facts import ModelText, check_sources, check_validation_sets, warn_of_repeats
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
 from llamapro.training.fp8 import check_fp8
 from llamapro.training.kernels import check_kernels
-from llamapro.training.model_facts import ModelFacts, Stage, check_model, resolve_trainable
+from llamapro.training.model_facts import ModelFacts, Stage, check_model, learning_of, resolve_trainable
 from llamapro.training.tokenizer import model_tokenizer_identity
 
 
@@ -103,7 +111,7 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
         raise ConfigError(findings.problems, f"{stage} on {config.model.path}")
     steps = None if config.schedule.steps == "auto" else config.schedule.steps
     warn_of_repeats(config, sources, steps, findings)
-    learning = Learning(trainable.blocks, trainable.everything)
+    learning = learning_of(trainable)
     job = job_of_run(config, model.shape, learning, world_size, device.kind)
     choice = _choose(config, job, device, findings)
     _warn_of_waste(config, job, choice, findings)
@@ -154,6 +162,7 @@ def show_plan(config: RunConfig, facts: Facts) -> None:
         *((f"held out {name}", f"{d.split('heldout').tokens:,} tokens") for name, d in facts.validation_sets.items()),
     ]
     console.table(f"{facts.stage} of {facts.model_folder}", ("what", "value"), rows)
+    console.table("what learns", LEARNING_COLUMNS, learning_rows(facts.job))
     budget = usable_bytes(facts.device.memory_bytes)
     memory = memory_rows(facts.job, facts.micro_sequences, facts.recomputed, budget)
     console.table("memory per rank, GiB", MEMORY_COLUMNS, memory)

@@ -19,6 +19,16 @@ SAYS_NOTHING_OF_THE_FUNCTION = {"llamapro", "transformers_version", "_name_or_pa
 NEW_RUN = "start a new run folder with checkpoint.start_from pointing at this run's checkpoint instead"
 
 
+class AdapterIdentity(BaseModel):
+    """What an export needs to know of adapters beside their tensors; as `llamapro.modeling.trainable.Adapters`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int
+    alpha: float
+    transposed: bool
+
+
 class RunIdentity(BaseModel):
     """What makes a run this run; stored in every checkpoint.
 
@@ -26,6 +36,7 @@ class RunIdentity(BaseModel):
         model: digest of the model's weights that the run does not train, or of all of them where it trains them all.
         architecture: `architecture_digest` of its config.json; empty in checkpoints that don't say.
         trainable: names of what trains: "all", or the block indices.
+        adapters: they alone train, on these blocks; None: the blocks do.
         sources: dataset fingerprint by source name.
         shares: weight, or repeat, by source name; `share_kind` says which.
         steps: optimizer steps of the whole run.
@@ -36,6 +47,7 @@ class RunIdentity(BaseModel):
     model: str
     architecture: str = ""
     trainable: str
+    adapters: AdapterIdentity | None = None
     seed: int
     sequence_length: int
     packing: str
@@ -101,6 +113,7 @@ def _fixed(stored: RunIdentity, now: RunIdentity) -> list[str]:
     names = {
         "model": "model.path: the model's weights",
         "trainable": "model.trainable",
+        "adapters": "model.lora",
         "seed": "run.seed",
         "sequence_length": "data.sequence_length",
         "packing": "data.packing",

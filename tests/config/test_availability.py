@@ -9,7 +9,6 @@ from llamapro.config.availability import UNAVAILABLE, setting, unavailable_setti
 from tests.support.config import config_of
 
 REFUSED: dict[str, list[Any]] = {
-    "model.trainable": ["lora"],
     "objective.replay_kl": [0.1],
     "engine.offload": ["optimizer"],
     "guards.retention": [{"set": "law"}],
@@ -26,7 +25,6 @@ HONOURED: dict[str, list[Any]] = {
 }
 # What has to stand beside a value so that no rule between fields is broken.
 BESIDE: dict[str, dict[str, Any]] = {
-    "model.trainable": {"lora": {"rank": 8, "alpha": 16}},
     "objective.replay_kl": {"sets": ["wiki"]},
 }
 

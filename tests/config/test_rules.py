@@ -49,6 +49,14 @@ BROKEN: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("model.lora", {"model": {"lora": {"rank": 8, "alpha": 16}}}, ("model.trainable",)),
     ("model.trainable", {"model": {"trainable": [4, 9, 4]}}, ("4", "more than once")),
     ("engine.precision", {"engine": {"precision": "fp8-frozen", "zero_stage": 3}}, ("zero_stage 3", "bf16")),
+    (
+        "engine.precision",
+        {
+            "engine": {"precision": "fp8-frozen"},
+            "model": {"trainable": "lora", "lora": {"rank": 8, "alpha": 16}},
+        },
+        ("adapters", "bf16"),
+    ),
 ]
 
 ALLOWED: list[dict[str, Any]] = [

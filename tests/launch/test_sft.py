@@ -20,7 +20,8 @@ from llamapro.expansion.expand import expand
 from llamapro.expansion.record import read_record
 from llamapro.training.preflight import check_facts
 from tests.support.chats import build_chats, write_rows
-from tests.support.models import save_tiny_llama
+from tests.support.families import MIXTURES
+from tests.support.models import save_tiny_llama, tiny_tokenizer
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.source import ROOT
 from tests.support.training import losses, run_training, state_digest, trained_weights
@@ -184,12 +185,15 @@ def test_only_new_blocks_learn_when_asked(folder: Path, pool: WorkerPool) -> Non
     assert {name.split(".")[2] for name in trained_weights(folder / "new")} == {"2"}
 
 
-def test_adapters_are_refused_in_one_message(folder: Path) -> None:
+def test_adapters_beside_what_has_none_are_refused_in_one_message(folder: Path) -> None:
+    (mixture,) = [row for row in MIXTURES if row.name == "mixtral"]
+    tiny_tokenizer().save_pretrained(mixture.save(folder / "mixture", vocab_size=320, max_position_embeddings=128))
     lora = {"trainable": "lora", "lora": {"rank": 4, "alpha": 8}}
-    config = RunConfig.model_validate(settings(folder, "lora", model=lora))
+    config = RunConfig.model_validate(settings(folder, "lora", "mixture", model=lora))
     with pytest.raises(ConfigError) as caught:
         check_facts(config, "sft", 1)
-    assert caught.value.problems[0].startswith("model.trainable: 'lora' is not available")
+    (problem,) = caught.value.problems
+    assert problem.startswith("model.trainable: lora puts adapters beside plain linears, and in block 0 of Mixtral")
 
 
 def test_conversations_that_a_sequence_can_not_hold_are_warned_about(folder: Path) -> None:
