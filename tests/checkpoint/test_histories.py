@@ -63,10 +63,18 @@ class RunFolderHistory(RuleBasedStateMachine):
     @precondition(lambda self: self.unsure is None and self.whole)
     @rule(keep=st.integers(1, 3), every=st.none() | st.integers(1, 4))
     def prune(self, keep: int, every: int | None) -> None:
-        """It goes by sizes: a bit that flipped meanwhile is found at the next restart."""
+        """By digests, as `llamapro checkpoint prune` does: whatever was damaged, as many whole ones stay."""
+        prune(self.root, keep, every, digests=True)
+        self.whole = [step for step in self.whole if step in self.whole[-keep:] or (every and step % every == 0)]
+
+    @precondition(lambda self: self.unsure is None)
+    @rule(keep=st.integers(1, 3))
+    def save_and_prune(self, keep: int) -> None:
+        """As a run does: the newest was written this moment, so sizes are enough for one to stay."""
+        self.save()
         newest = [listed.step for listed in list_checkpoints(self.root, digests=False) if not listed.problem][:keep]
-        prune(self.root, keep, every)
-        self.whole = [step for step in self.whole if step in newest or (every and step % every == 0)]
+        prune(self.root, keep, None)
+        self.whole = [step for step in self.whole if step in newest]
 
     @precondition(lambda self: self.unsure is None and len(self.whole) > 1)
     @rule(data=st.data())
