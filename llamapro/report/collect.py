@@ -1,4 +1,4 @@
-"""Everything a report shows, gathered from the files of one run folder; nothing is computed that they don't say."""
+"""Everything the report of one run shows, gathered from the files of its folder; nothing that they don't say."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,110 +10,133 @@ import orjson
 
 from llamapro.checkpoint.discover import list_checkpoints
 from llamapro.errors import UserError
-from llamapro.evaluation.results import Results
 from llamapro.expansion.record import RECORD_NAME, ExpansionRecord
-from llamapro.export.history import History, read_history
-from llamapro.report.plots import Plot, Series
+from llamapro.export.history import EVALUATION_FOLDER, History, read_history
+from llamapro.report.events import events_of, is_whole, proof_text
+from llamapro.report.facts import Card, Facts, Proof, SampleGroup, flat, number
+from llamapro.report.plots import Plot, Series, is_smoothed
+from llamapro.report.tables import Evaluation, read_evaluation, tables_of
 from llamapro.run_folder import RunFolder
 from llamapro.training.log_line import duration
 
-SAMPLE_NAME = "sample.txt"
 SHOWN_EVENTS = 200
-_CURVES = (
-    ("learning_rate", "Learning rate", "learning rate"),
-    ("gradient_norm", "Gradient norm before clipping", "norm"),
-    ("tokens_per_second_per_gpu", "Throughput", "tokens/s per process"),
-    ("memory_gib", "Memory", "GiB"),
+MARKED_EVENTS = {"resume": False, "skip": True, "rollback": True}
+MOST_MARKS = 60
+SMOOTHED_NOTE = "Thin lines are single steps, bold ones the mean around them over a fiftieth of the run."
+MARKS_NOTE = "Dotted: where the run was resumed; in red, where steps were skipped or rolled back."
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number of each step that is drawn: its name in metrics.jsonl, title and unit."""
+
+    key: str
+    title: str
+    unit: str
+    noisy: bool
+
+
+CURVES = (
+    Curve("learning_rate", "Learning rate", "learning rate", noisy=False),
+    Curve("gradient_norm", "Gradient norm before clipping", "norm", noisy=True),
+    Curve("tokens_per_second_per_gpu", "Throughput", "tokens/s per process", noisy=True),
+    Curve("memory_gib", "Memory", "GiB", noisy=False),
 )
 
 
 @dataclass(frozen=True)
-class Card:
-    """One number of the summary."""
+class RunFiles:
+    """What the files of a run folder say."""
 
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The last comparison of the frozen weights with the record; `whole` when nothing differed."""
-
-    text: str
-    whole: bool
+    folder: Path
+    history: History
+    record: ExpansionRecord | None
+    evaluation: Evaluation
+    environment: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a comparison; the verdict ("better", "worse" or "") colours its last cell."""
+def read_run(run: Path, evaluation: Path | None = None) -> RunFiles:
+    """Read a run folder; what a young or old run lacks is empty.
 
-    cells: tuple[str, ...]
-    verdict: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A before/after or base/model table."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    note: str
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened; `details` as name value pairs."""
-
-    time: str
-    name: str
-    details: str
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the page of one run says."""
-
-    title: str
-    subtitle: str
-    cards: tuple[Card, ...]
-    proof: Proof | None
-    comparisons: tuple[Comparison, ...]
-    plots: tuple[Plot, ...]
-    sample: str
-    events: tuple[Event, ...]
-    earlier_events: int
-    configuration: str
-    environment: tuple[tuple[str, str], ...]
-
-
-def collect(run: Path) -> Facts:
-    """Read a run folder; what a young or old run lacks is left out.
+    Args:
+        evaluation: folder of `llamapro evaluate`; None: RUN/evaluation, where there is one.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is no run, or `evaluation` holds no results.
+        Corrupted: a results file can't be read.
     """
     folder = RunFolder(run)
     if not folder.config_file.is_file() and not folder.metrics_file.is_file():
         raise UserError(
             f"{run} is no run folder: it has neither {folder.config_file.name} nor {folder.metrics_file.name}"
         )
-    history = read_history(run)
-    record = _record(folder)
+    found = read_evaluation(evaluation or run / EVALUATION_FOLDER)
+    if evaluation is not None and found == Evaluation(None, None):
+        raise UserError(f"--evaluation {evaluation}: no results of `llamapro evaluate` are there")
+    return RunFiles(run, read_history(run), _record(folder), found, _environment(folder.environment_file))
+
+
+def collect(run: RunFiles, samples: Sequence[SampleGroup] = ()) -> Facts:
+    """The page of one run."""
+    history, folder = run.history, RunFolder(run.folder)
+    plots = tuple(_plots(history))
     return Facts(
-        title=run.resolve().name,
-        subtitle=_subtitle(history, record),
-        cards=tuple(_cards(history, record)),
+        title=run.folder.resolve().name,
+        subtitle=subtitle(run),
+        cards=tuple(_cards(history, run.record)),
         proof=_proof(history),
-        comparisons=tuple(_comparisons(history)),
-        plots=tuple(_plots(history)),
-        sample=_text(run / SAMPLE_NAME),
-        events=tuple(_event(line) for line in history.events[-SHOWN_EVENTS:]),
+        tables=tuple(tables_of(history, run.evaluation)),
+        plots=plots,
+        plots_note=plots_note(plots),
+        samples=tuple(samples),
+        events=events_of(history.events[-SHOWN_EVENTS:]),
         earlier_events=max(0, len(history.events) - SHOWN_EVENTS),
-        configuration=_text(folder.config_file),
-        environment=tuple(_environment(folder.environment_file)),
+        configuration=folder.config_file.read_text("utf-8").strip() if folder.config_file.is_file() else "",
+        environment=tuple(run.environment.items()),
     )
+
+
+def subtitle(run: RunFiles) -> str:
+    """What was trained, and on what."""
+    sources = ", ".join(run.history.setting("data", "sources") or ())
+    base = run.record.base_id if run.record else Path(str(run.history.setting("model", "path") or "")).name
+    return " · ".join(part for part in (base, f"trained on {sources}" if sources else "") if part)
+
+
+def series_of(history: History, key: str) -> Series:
+    """A number of each step that has it."""
+    return [(float(line["step"]), float(line[key])) for line in history.steps if line.get(key) is not None]
+
+
+def scores_of(history: History) -> dict[str, list[tuple[float, float]]]:
+    """Bits per byte of each held-out set at the steps where it was scored."""
+    scored: dict[str, list[tuple[float, float]]] = {}
+    for step, scores in history.validations:
+        for name, score in scores.items():
+            scored.setdefault(name, []).append((step, score.bits_per_byte))
+    return scored
+
+
+def source_names(history: History) -> list[str]:
+    """The sources whose loss was recorded."""
+    return sorted({key.removeprefix("loss/") for line in history.steps for key in line if key.startswith("loss/")})
+
+
+def median_of(history: History, key: str) -> float | None:
+    """The median of a number over steps; None where it was never recorded."""
+    values = [value for _, value in series_of(history, key)]
+    return statistics.median(values) if values else None
+
+
+def plots_note(plots: Sequence[Plot]) -> str:
+    """What a reader needs to know about the lines."""
+    notes = [SMOOTHED_NOTE] if any(is_smoothed(plot) for plot in plots) else []
+    return " ".join([*notes, *([MARKS_NOTE] if any(plot.marks for plot in plots) else [])])
+
+
+def last_proof(history: History) -> Mapping[str, Any] | None:
+    """The newest comparison of the frozen weights."""
+    return next((line for line in reversed(history.events) if line["event"] == "proof"), None)
 
 
 def _record(folder: RunFolder) -> ExpansionRecord | None:
@@ -124,13 +147,9 @@ def _record(folder: RunFolder) -> ExpansionRecord | None:
     return None
 
 
-def _subtitle(history: History, record: ExpansionRecord | None) -> str:
-    sources = ", ".join(history.setting("data", "sources") or ())
-    base = record.base_id if record else Path(str(history.setting("model", "path") or "")).name
-    return " · ".join(part for part in (base, f"trained on {sources}" if sources else "") if part)
-
-
 def _cards(history: History, record: ExpansionRecord | None) -> Iterator[Card]:
+    for change in history.before_after():
+        yield Card(f"{change.name}, bits per byte", number(change.change, "+.1%"), "held-out, against step 0")
     if record is not None:
         new = ", ".join(map(str, record.new_blocks))
         yield Card("blocks", f"{record.base_blocks} → {record.blocks}", f"new: {new}")
@@ -141,13 +160,11 @@ def _cards(history: History, record: ExpansionRecord | None) -> Iterator[Card]:
     yield from _mishaps(history)
     yield Card("tokens", f"{history.tokens:,}", "targets, all processes")
     if history.step_seconds:
-        yield Card("time in steps", duration(history.step_seconds), "without validation and saves")
-    if rates := [value for _, value in _series(history, "tokens_per_second_per_gpu")]:
-        yield Card("tokens/s per process", f"{statistics.median(rates):,.0f}", "median over steps")
-    if mfu := [value for _, value in _series(history, "mfu")]:
-        yield Card("MFU", f"{statistics.median(mfu):.1%}", "of the FLOPs this job needs")
-    for change in history.before_after():
-        yield Card(f"{change.name}, bits per byte", f"{change.change:+.1%}", "held-out, after against before")
+        yield Card("time in steps", duration(history.step_seconds), "validation and saves apart")
+    if (rate := median_of(history, "tokens_per_second_per_gpu")) is not None:
+        yield Card("tokens/s per process", f"{rate:,.0f}", "median over steps")
+    if (mfu := median_of(history, "mfu")) is not None:
+        yield Card("MFU", f"{mfu:.1%}", "of the FLOPs this job needs")
 
 
 def _mishaps(history: History) -> Iterator[Card]:
@@ -161,104 +178,42 @@ def _mishaps(history: History) -> Iterator[Card]:
 
 
 def _proof(history: History) -> Proof | None:
-    proofs = [line for line in history.events if line["event"] == "proof"]
-    if not proofs:
-        return None
-    equal, total = proofs[-1].get("equal", 0), proofs[-1].get("total", 0)
-    text = proofs[-1].get("text", f"{equal} of {total} base tensors equal the record")
-    return Proof(f"Compared bit for bit: {text}.", equal == total)
-
-
-def _comparisons(history: History) -> Iterator[Comparison]:
-    if scores := history.before_after():
-        rows = (
-            Row(
-                (
-                    score.name,
-                    f"{score.before.loss:.4f}",
-                    f"{score.after.loss:.4f}",
-                    f"{score.before.bits_per_byte:.4f}",
-                    f"{score.after.bits_per_byte:.4f}",
-                    f"{score.change:+.2%}",
-                ),
-                _verdict(score.change),
-            )
-            for score in scores
-        )
-        columns = ("held-out text", "loss before", "after", "bits per byte before", "after", "change")
-        last = history.validations[-1][0]
-        note = f"Before: step 0, which computes what the base computes. After: step {last}. Loss in nats per token."
-        yield Comparison("Before and after", columns, tuple(rows), note)
-    if history.evaluation is not None:
-        yield _evaluation(history.evaluation)
-
-
-def _evaluation(results: Results) -> Comparison:
-    rows = []
-    for name, score in results.model.sets.items():
-        change = results.changes.get(name)
-        base = results.base.sets.get(name) if results.base else None
-        cells = (
-            name,
-            _with_width(base.bits_per_byte, base.bits_per_byte_half_width) if base else "–",
-            _with_width(score.bits_per_byte, score.bits_per_byte_half_width),
-            _with_width(change.fraction, change.half_width, "+.2%") if change else "–",
-        )
-        rows.append(Row(cells, _verdict(change.fraction) if change else ""))
-    compared = f" against {results.base.name}" if results.base else ""
-    note = f"llamapro evaluate of {results.model.name}{compared}: bits per byte with intervals ({results.intervals})."
-    return Comparison("Evaluation", ("text", "base", "model", "change"), tuple(rows), note)
-
-
-def _with_width(value: float, half_width: float | None, form: str = ".4f") -> str:
-    return f"{value:{form}}" + (f" ± {half_width:{form.removeprefix('+')}}" if half_width is not None else "")
-
-
-def _verdict(change: float) -> str:
-    return "better" if change < 0 else "worse" if change > 0 else ""
+    last = last_proof(history)
+    return Proof(f"Compared bit for bit: {proof_text(last)}.", is_whole(last)) if last else None
 
 
 def _plots(history: History) -> Iterator[Plot]:
-    sources = sorted({key for line in history.steps for key in line if key.startswith("loss/")})
-    losses = {"all": "loss"} | {key.removeprefix("loss/"): key for key in sources if len(sources) > 1}
-    series = {name: _series(history, key) for name, key in losses.items()}
-    yield from _plot("loss", "Training loss", "nats per token", series)
-    scored: dict[str, list[tuple[float, float]]] = {}
-    for step, scores in history.validations:
-        for name, score in scores.items():
-            scored.setdefault(name, []).append((step, score.bits_per_byte))
-    yield from _plot("validation", "Held-out text", "bits per byte", scored, markers=True)
-    for key, title, unit in _CURVES:
-        yield from _plot(key, title, unit, {key: _series(history, key)})
+    sources = source_names(history)
+    losses = {"all": "loss"} | {name: f"loss/{name}" for name in sources if len(sources) > 1}
+    series = {name: series_of(history, key) for name, key in losses.items()}
+    marks = _marks(history)
+    yield from plot("loss", "Training loss", "nats per token", series, noisy=True, marks=marks)
+    scored = scores_of(history)
+    yield from plot("validation", "Held-out text", "bits per byte", scored, markers=True)
+    moved = {name: _from_start(points) for name, points in scored.items() if len(points) > 1 and points[0][0] == 0}
+    yield from plot("retention", "Held-out text against step 0", "change, %", moved, markers=True)
+    for curve in CURVES:
+        drawn = {curve.key: series_of(history, curve.key)}
+        yield from plot(curve.key, curve.title, curve.unit, drawn, noisy=curve.noisy)
 
 
-def _plot(key: str, title: str, unit: str, series: Mapping[str, Series], *, markers: bool = False) -> Iterator[Plot]:
+def _from_start(points: Series) -> Series:
+    return [(step, 100 * (value / points[0][1] - 1)) for step, value in points]
+
+
+def _marks(history: History) -> tuple[tuple[float, bool], ...]:
+    marked = [line for line in history.events if line["event"] in MARKED_EVENTS and line.get("step") is not None]
+    if len(marked) > MOST_MARKS:
+        return ()
+    return tuple((float(line["step"]), MARKED_EVENTS[line["event"]]) for line in marked)
+
+
+def plot(key: str, title: str, unit: str, series: Mapping[str, Series], **looks: Any) -> Iterator[Plot]:
+    """A plot of the series that have points; none where none has."""
     drawn = {name: points for name, points in series.items() if points}
     if drawn:
-        yield Plot(key, title, unit, drawn, markers)
+        yield Plot(key, title, unit, drawn, **looks)
 
 
-def _series(history: History, key: str) -> Sequence[tuple[float, float]]:
-    return [(float(line["step"]), float(line[key])) for line in history.steps if line.get(key) is not None]
-
-
-def _event(line: Mapping[str, Any]) -> Event:
-    details = ", ".join(f"{key} {value}" for key, value in line.items() if key not in {"event", "time"})
-    return Event(str(line.get("time", "")), str(line["event"]), details)
-
-
-def _environment(path: Path) -> Iterator[tuple[str, str]]:
-    if path.is_file():
-        yield from _flat("", orjson.loads(path.read_bytes()))
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-        yield prefix, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+def _environment(path: Path) -> Mapping[str, str]:
+    return flat(orjson.loads(path.read_bytes())) if path.is_file() else {}

@@ -8,10 +8,20 @@ from xml.etree import ElementTree
 import orjson
 import pytest
 
-from llamapro.errors import UserError
+from llamapro.errors import Corrupted, UserError
+from llamapro.evaluation.benchmarks.store import (
+    BenchmarkResults,
+    MetricResult,
+    TaskChange,
+    TaskResult,
+    write_benchmarks,
+)
 from llamapro.evaluation.results import Change, ModelResult, Results, SetResult, write_results
+from llamapro.report.events import events_of
+from llamapro.report.facts import Sample, SampleGroup
 from llamapro.report.page import write_report
 from llamapro.report.picture import write_result_picture
+from llamapro.report.plots import compact, running_mean, thin
 from tests.support.exports import TinyRun, make_run, step_line, validation
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -64,19 +74,19 @@ class Page(HTMLParser):
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     tiny = make_run(tmp_path_factory.mktemp("tiny"))
     (tiny.folder / "environment.json").write_text('{"gpus": ["a", "b"], "versions": {"torch": "2.13.0"}}')
-    (tiny.folder / "sample.txt").write_text("<script>alert(1)</script> once upon a time")
     return tiny
 
 
 def test_page_shows_the_numbers_of_the_run(tiny: TinyRun) -> None:
     page = Page(write_report(tiny.folder))
-    for shown in ("4 → 6", "12 of 12", "6,144", "24 s", "1.2500", "1.0000", "-20.00%", "-0.50%", "2.13.0", "a, b"):
+    for shown in ("4 → 6", "12 of 12", "6,144", "24 s", "1.2500", "1.0000", "−20.00%", "−0.50%", "2.13.0", "a, b"):
         assert shown in page.cells, shown
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
 
 
 def test_page_loads_nothing_and_runs_nothing(tiny: TinyRun) -> None:
-    path = write_report(tiny.folder)
+    written = SampleGroup("Written", (Sample("m", "", (("<script>alert(1)</script> once", True),)),))
+    path = write_report(tiny.folder, samples=[written])
     page, text = Page(path), path.read_text()
     assert page.fetched == []
     assert not {"script", "link", "iframe", "img", "object"} & set(page.tags)
@@ -134,9 +144,9 @@ def test_what_went_wrong_stands_at_the_top_and_in_the_list(tmp_path: Path) -> No
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
     path = write_report(tmp_path)
     cards = path.read_text().partition('<p class="proof')[0]
-    for shown in ("<b>2</b><span>5 steps undone, the last to step-00000010", "1 skipped"):
+    for shown in ("<b>2</b>5 steps undone, the last to step-00000010", "1 skipped"):
         assert shown in cards, shown
-    assert "<b>1</b><span>the last at step 6: the disk is &lt;full&gt;" in cards
+    assert "<b>1</b>the last at step 6: the disk is &lt;full&gt;" in cards
     assert "Compared bit for bit: 38 of 38 equal; max |Δlogit| at start 0." in path.read_text()
     assert [cell for cell in Page(path).cells if cell in ("skip", "save failed", "rollback", "proof")] == [
         line["event"] for line in happened
@@ -144,7 +154,7 @@ def test_what_went_wrong_stands_at_the_top_and_in_the_list(tmp_path: Path) -> No
 
 
 def test_a_run_without_mishaps_has_no_cards_of_them(tiny: TinyRun) -> None:
-    labels = re.findall(r"<span>([^<]*)</span><b>", write_report(tiny.folder).read_text())
+    labels = re.findall(r"<dt>([^<]*)</dt>", write_report(tiny.folder).read_text())
     assert "optimizer steps" in labels and not {"rollbacks", "failed saves"} & set(labels)
 
 
@@ -158,7 +168,75 @@ def test_evaluation_of_the_run_is_shown_against_its_base(tmp_path: Path) -> None
     path = write_report(tmp_path)
     for shown in ("1.2500 ± 0.0100", "1.5000 ± 0.0100", "+20.00% ± 1.50%"):
         assert shown in Page(path).cells, shown
-    assert 'class="number worse">+20.00%' in path.read_text()
+    assert '<td class="worse">+20.00%' in path.read_text()
+
+
+def test_benchmarks_of_the_run_are_shown_against_its_base(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {seed: 1}\n")
+    (tmp_path / "elsewhere").mkdir()
+
+    def task(value: float) -> TaskResult:
+        metrics = {"acc,none": MetricResult(value=value, half_width=0.02, higher_is_better=True)}
+        return TaskResult(tasks=1, items=2000, shots=0, metric="acc,none", metrics=metrics)
+
+    change = TaskChange(metric="acc,none", difference=-0.0625, half_width=0.0125, verdict="worse")
+    results = BenchmarkResults(
+        settings={}, versions={}, model_name="m", model={"arc_easy": task(0.5), "piqa": task(0.75)},
+        base_name="b", base={"arc_easy": task(0.5625)}, changes={"arc_easy": change}, absent=["mmlu"],
+    )  # fmt: skip
+    write_benchmarks(tmp_path / "elsewhere", results)
+    assert "Retention" not in write_report(tmp_path).read_text()
+    path = write_report(tmp_path, evaluation=tmp_path / "elsewhere")
+    for shown in ("arc_easy", "acc", "2,000", "0.5625 ± 0.0200", "0.7500 ± 0.0200", "−0.0625 ± 0.0125"):
+        assert shown in Page(path).cells, shown
+    assert '<td class="worse">−0.0625' in path.read_text()
+    assert "Not measured: mmlu." in path.read_text()
+    (tmp_path / "elsewhere" / "benchmarks.json").write_text("{}")
+    with pytest.raises(Corrupted, match="evaluate again"):
+        write_report(tmp_path, evaluation=tmp_path / "elsewhere")
+
+
+def test_no_spike_is_lost_where_a_series_is_thinned() -> None:
+    points = [(float(step), 9.0 if step == 17_003 else -5.0 if step == 21_111 else 1.0) for step in range(30_000)]
+    thinned = thin(points, 1000)
+    assert len(thinned) <= 1010
+    assert {(17_003.0, 9.0), (21_111.0, -5.0), points[0], points[-1]} <= set(thinned)
+    assert [step for step, _ in thinned] == sorted(step for step, _ in thinned)
+
+
+def test_running_mean_is_the_mean_around_each_place() -> None:
+    points = [(float(step), float(step % 7)) for step in range(200)]
+    smooth = running_mean(points)
+    for place in (0, 1, 57, 199):
+        near = [value for _, value in points[max(0, place - 2) : place + 3]]
+        assert smooth[place] == (float(place), pytest.approx(sum(near) / len(near)))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (0.25, "0.25"), (5e-4, "5e−4"), (-12.5, "−12.5"), (12000, "12,000"), (2.5e6, "2.5M"), (0.05, "0.05")],
+)
+def test_ticks_are_short(value: float, shown: str) -> None:
+    assert compact(value) == shown
+
+
+def test_save_and_its_proof_are_one_event_and_a_lone_proof_is_its_own() -> None:
+    proof = {"event": "proof", "equal": 2, "total": 2, "text": "2 of 2 equal", "time": "2026-01-02T03:04:05+0000"}
+    save = {"event": "save", "step": 1200, "seconds": 4.21, "stalled_seconds": 0.25, "time": "2026-01-02T03:04:06+0100"}
+    resume = {"event": "resume", "step": 9, "checkpoint": "step-00000009", "changes": ["a is now b"]}
+    events = events_of([proof, resume, proof, save, save, {**proof, "equal": 1}, {"event": "new", "what": 1}])
+    told = "in 4.2 s; training stood still for 0.25 s of it"
+    assert [(event.name, event.details) for event in events] == [
+        ("proof", "2 of 2 equal"),
+        ("resume", "from step-00000009; a is now b"),
+        ("save", f"{told}; 2 of 2 equal"),
+        ("save", told),
+        ("proof", "2 of 2 equal"),
+        ("new", "what 1"),
+    ]
+    assert [event.time for event in events[:3]] == ["2026-01-02 03:04:05 UTC", "", "2026-01-02 03:04:06 +0100"]
+    assert [event.grave for event in events] == [False] * 4 + [True, False]
+    assert events[2].step == "1,200"
 
 
 def scored(bits: float) -> SetResult:
