@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "parameters, FLOPs, memory and time before anything runs",
     "export": "turn a run, a checkpoint or a delta into a plain Hugging Face model",
     "evaluate": "held-out loss and bits per byte of a model, against its base",
+    "experiment": "compare ways to train at equal tokens, or over a sequence of tasks",
     "report": "write a run's report as one HTML page",
     "checkpoint": "list, verify and prune a run's checkpoints",
     "doctor": "what of this machine, or of a job's hosts, stands in the way of training",
