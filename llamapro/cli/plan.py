@@ -24,7 +24,7 @@ from llamapro.planning.advice import ways_out
 from llamapro.planning.gpus import Gpu, gpu_named
 from llamapro.planning.memory import GIB
 from llamapro.planning.plan import RESERVED_FRACTION, ZERO_STAGES, Choice, Job, choose, usable_bytes
-from llamapro.planning.run_job import compiles, job_of_run
+from llamapro.planning.run_job import beyond_plan, compiles, job_of_run
 from llamapro.planning.shape import DecoderShape, Learning
 from llamapro.planning.tables import FLOPS_COLUMNS, MEMORY_COLUMNS, flops_rows, gib, memory_rows, recomputation
 from llamapro.training.model_facts import ModelFacts, learning_of, resolve_trainable
@@ -126,6 +126,8 @@ def _plan_run(path: Path, hardware: Hardware) -> None:
     console.table("FLOPs per token", FLOPS_COLUMNS, flops_rows(job.flops(choice.recomputed)))
     if hardware.gpu is not None:
         console.table("expected time, micro-batch by stage", TIME_COLUMNS, _time_rows(job, given_micro, hardware))
+    if beyond := beyond_plan(config, job, choice.micro_sequences):
+        console.info(beyond)
     _say_ways_out(job, choice, hardware)
 
 

@@ -54,8 +54,6 @@ def _shown(value: Any) -> str:
 
 
 UNAVAILABLE: Final = (
-    Unavailable("objective.replay_kl", lambda weight: weight > 0, "use 0.0"),
     Unavailable("engine.offload", _among("optimizer"), "use none; zero_stage 2 and 3 split the optimizer over ranks"),
-    Unavailable("guards.retention", lambda guard: guard is not None, "leave it null and watch the validation losses"),
     Unavailable("logging.trackers", lambda names: not set(names) <= {"tensorboard"}, "use [tensorboard] or []"),
 )

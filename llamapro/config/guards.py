@@ -6,7 +6,8 @@ from llamapro.config.base import Count, Name, Positive, Section
 
 
 class RetentionGuard(Section):
-    """What may be forgotten, measured against the base (the same model with its new blocks bypassed)."""
+    """What may be forgotten, measured at each validation against the base (the same model with its new blocks bypassed,
+    measured once)."""
 
     set: Name
     """Validation set that stands for what must be kept."""
@@ -15,7 +16,7 @@ class RetentionGuard(Section):
     """Largest increase of its loss over the base's, as a share of the base's loss."""
 
     action: Literal["warn", "stop"] = "warn"
-    """What happens beyond that: warn, or stop with exit code 1."""
+    """What happens beyond that: warn at each such validation, or save and stop with exit code 1."""
 
 
 class GuardsConfig(Section):

@@ -11,7 +11,8 @@ class ObjectiveConfig(Section):
     """What is minimized besides the loss of the next token."""
 
     replay_kl: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL divergence to the base's own predictions (new blocks bypassed), in nats per token."""
+    """Weight of KL(base ‖ model), the divergence from the base's own predictions (new blocks bypassed), at each target
+    token of the sets, against that token's loss. One more forward pass over their rows."""
 
     sets: Annotated[tuple[Name, ...], Strict(False)] = ()
     """Sources on which replay_kl is applied."""

@@ -74,6 +74,17 @@ class Batch:
             valid_tokens=int(np.count_nonzero(labels != IGNORED)),
         )
 
+    def only(self, rows: IntArray) -> "Batch":
+        """Some of the rows, by their places."""
+        labels = self.labels[rows]
+        return Batch(
+            input_ids=self.input_ids[rows],
+            labels=labels,
+            position_ids=self.position_ids[rows],
+            sources=self.sources[rows],
+            valid_tokens=int(np.count_nonzero(labels != IGNORED)),
+        )
+
     @property
     def rows(self) -> int:
         """How many."""

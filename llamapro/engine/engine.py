@@ -35,6 +35,7 @@ from llamapro.engine.state import (
     reader_of_parameters,
 )
 from llamapro.modeling.model import LanguageModel, LossOutput
+from llamapro.modeling.replay import Replay
 from llamapro.ranks import Ranks
 
 Veto = Callable[[float], bool]
@@ -137,9 +138,13 @@ class Engine:
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         boundaries: torch.Tensor | None = None,
+        replay: Replay | None = None,
     ) -> LossOutput:
-        """The loss of one micro-batch, as `LanguageModel.forward` takes it, on the rank's device."""
-        output: LossOutput = self._deepspeed(input_ids, labels, position_ids, boundaries)
+        """The loss of one micro-batch, as `LanguageModel.forward` takes it, on the rank's device.
+
+        With `replay` on all ranks or on none.
+        """
+        output: LossOutput = self._deepspeed(input_ids, labels, position_ids, boundaries, replay)
         return output
 
     def backward(self, loss_sum: torch.Tensor, global_valid_tokens: int) -> None:

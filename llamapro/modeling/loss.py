@@ -18,6 +18,9 @@ IGNORED_LABEL = -100
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 ChunkLoss = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """`chunk_loss`, or the same compiled."""
+Beside = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, ...]]
+"""Of the states before the projection, its weight and its bias: what else the call of the head that computes the loss
+is to compute."""
 
 
 class LossHead(nn.Linear):
@@ -32,21 +35,23 @@ class LossHead(nn.Linear):
     chunk_loss: ChunkLoss
 
     def forward(  # type: ignore[override]
-        self, input: torch.Tensor, labels: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, input: torch.Tensor, labels: torch.Tensor | None = None, beside: Beside | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Logits, or with labels the loss.
 
         Args:
             input: (…, hidden) final hidden states.
             labels: (…) int64, the target of each position; -100 where there is none.
+            beside: what else to compute with labels.
 
         Returns:
             (…, vocabulary) logits; with labels the scalar float32 sum of all token losses, differentiable, and the
-            (…) float32 token losses, not differentiable, 0 where there is no target.
+            (…) float32 token losses, not differentiable, 0 where there is no target; then what `beside` returns.
         """
         states = self.steps.before(input)
         if labels is not None:
-            return cross_entropy(states, self.weight, self.bias, labels, self.steps.after, self.chunk_loss)
+            loss = cross_entropy(states, self.weight, self.bias, labels, self.steps.after, self.chunk_loss)
+            return loss if beside is None else (*loss, *beside(states, self.weight, self.bias))
         linear = plain_linear if self.weight.requires_grad else frozen_linear
         return self.steps.after(linear(states, self.weight, self.bias))
 
@@ -120,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needed = tuple(with_gradients and need for need in ctx.needs_input_grad[:3])
         gradients = _Gradients(states, weight, bias, needed)
         losses = torch.empty_like(targets, dtype=torch.float32)
-        rows = _chunk_rows(states.device, weight.shape[0])
+        rows = chunk_rows(states.device, weight.shape[0])
         for low in range(0, len(states), rows):
             chunk = slice(low, low + rows)
             projected = plain_linear(states[chunk], weight, bias)
@@ -163,6 +168,7 @@ def chunk_loss(
     return losses, step.pull_back(logits, gradient).to(projected.dtype)
 
 
-def _chunk_rows(device: torch.device, vocabulary: int) -> int:
+def chunk_rows(device: torch.device, vocabulary: int) -> int:
+    """How many rows of logits are in memory at once."""
     elements = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
     return max(1, elements // vocabulary)

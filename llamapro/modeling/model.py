@@ -14,6 +14,7 @@ from llamapro.modeling.attention import AttentionChoice, PackedDocuments, pack_d
 from llamapro.modeling.blocks import bypass, uncompiled
 from llamapro.modeling.loss import IGNORED_LABEL, LossHead
 from llamapro.modeling.masks import DocumentMasks
+from llamapro.modeling.replay import Replay, divergence_of_rows
 from llamapro.modeling.stored_parts import StoredParts
 from llamapro.modeling.trainable import TrainableSet
 
@@ -22,14 +23,18 @@ class LossOutput(NamedTuple):
     """The loss of a batch.
 
     Attributes:
-        loss_sum: scalar float32, the sum of all token losses in nats; differentiable, also when no token has a target.
-        row_loss_sums: (rows,) float32, detached.
+        loss_sum: scalar float32, the sum of all token losses in nats, and of the weighted divergences from the base
+            where they are asked for; differentiable, also when no token has a target.
+        row_loss_sums: (rows,) float32, detached; of token losses alone.
         row_tokens: (rows,) int64, target tokens of each row.
+        divergence_sum: scalar float32, detached: the sum of KL(base ‖ model) in nats over the targets of the replayed
+            rows, not weighted; None where it is not asked for.
     """
 
     loss_sum: torch.Tensor
     row_loss_sums: torch.Tensor
     row_tokens: torch.Tensor
+    divergence_sum: torch.Tensor | None = None
 
 
 class LanguageModel(nn.Module):
@@ -98,6 +103,7 @@ class LanguageModel(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         boundaries: torch.Tensor | None = None,
+        replay: Replay | None = None,
     ) -> LossOutput:
         """The loss of packed rows.
 
@@ -106,9 +112,23 @@ class LanguageModel(nn.Module):
             labels: (rows, S) int64, already shifted: the target of each position, -100 where there is none.
             position_ids: (rows, S) int64; a document begins wherever they don't go on by one.
             boundaries: (documents + 1,) int32, `document_boundaries` of these, where that is known already.
+            replay: the rows at whose targets divergence from the base is added; None: none.
         """
-        loss_sum, token_losses = self.head(self.hidden_states(input_ids, position_ids, boundaries), labels)
-        return LossOutput(loss_sum, token_losses.sum(1), (labels != IGNORED_LABEL).sum(1))
+        row_tokens = (labels != IGNORED_LABEL).sum(1)
+        if replay is None:
+            loss_sum, token_losses = self.head(self.hidden_states(input_ids, position_ids, boundaries), labels)
+            return LossOutput(loss_sum, token_losses.sum(1), row_tokens)
+        base_states = self._base_states(input_ids, position_ids, replay)
+        beside = divergence_of_rows(replay, base_states, labels, self.head.steps.after)
+        states = self.hidden_states(input_ids, position_ids, boundaries)
+        loss_sum, token_losses, weighted, divergence_sum = self.head(states, labels, beside)
+        return LossOutput(loss_sum + weighted, token_losses.sum(1), row_tokens, divergence_sum)
+
+    def _base_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor, replay: Replay) -> torch.Tensor:
+        """(k, S, hidden) states of the base before the projection, for the replayed rows."""
+        ids, positions = (tensor.index_select(0, replay.rows) for tensor in (input_ids, position_ids))
+        with torch.no_grad(), self.bypassed(replay.base_blocks):
+            return self.head.steps.before(self.hidden_states(ids, positions, replay.boundaries))
 
     def logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(rows, S, vocabulary) logits of packed rows, in the model's dtype: for checks on short inputs."""

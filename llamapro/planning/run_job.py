@@ -4,9 +4,10 @@ import math
 
 from llamapro.config.root import RunConfig
 from llamapro.config.strategies import read_overlay
-from llamapro.planning.memory import DeviceKind
+from llamapro.planning.memory import WEIGHT_BYTES, DeviceKind
 from llamapro.planning.plan import Job
 from llamapro.planning.shape import DecoderShape, Learning
+from llamapro.planning.tables import gib
 
 
 def job_of_run(
@@ -29,6 +30,19 @@ def job_of_run(
         compiled=compiles(engine.compile, shape, device),
         device=device,
         overlay=read_overlay(engine.deepspeed) if engine.deepspeed else {},
+    )
+
+
+def beyond_plan(config: RunConfig, job: Job, micro_sequences: int) -> str:
+    """What a run needs that no number of its plan holds, in words; empty where that is nothing."""
+    if config.objective.replay_kl == 0:
+        return ""
+    forward = job.flops().forward / 1e9
+    # Of the base, of the model for the same rows, and the gradient of the latter.
+    states = 3 * micro_sequences * job.sequence_length * job.shape.hidden * WEIGHT_BYTES[job.precision]
+    return (
+        f"objective.replay_kl is not in these numbers: the base's forward pass takes {forward:.3g} GFLOP per token of "
+        f"{', '.join(config.objective.sets)}, and at most {gib(states)} GiB per rank"
     )
 
 

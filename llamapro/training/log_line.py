@@ -77,6 +77,8 @@ class StepMeasures:
         if self.peak_flops:
             values["mfu"] = rate * self.flops.model / self.peak_flops
             values["hfu"] = self.positions / self.seconds * self.flops.hardware / self.peak_flops
+        if outcome.replay_kl is not None:
+            values["replay_kl"] = outcome.replay_kl
         return values | {f"loss/{name}": loss for name, loss in outcome.source_losses.items()}
 
 

@@ -13,7 +13,7 @@ from llamapro.training.saving import Saver
 from llamapro.training.schedule import learning_rate
 from llamapro.training.session import Session, StopAsked
 from llamapro.training.step import run_step
-from llamapro.training.validation import validate_if_due
+from llamapro.training.validation import measure_base, validate_if_due
 
 
 def train(session: Session, progress: Progress) -> Progress:
@@ -36,7 +36,8 @@ def _train(session: Session, progress: Progress, saver: Saver) -> Progress:
     try:
         if progress.step == 0:
             progress = prove_identity(session, progress)
-        progress = validate_if_due(session, progress)
+        progress = measure_base(session, progress)
+        progress = _validate(session, progress, saver)
         with Prefetcher(planned_work(session, progress)) as fetched:
             timer.restart()
             for work in fetched:
@@ -49,7 +50,7 @@ def _train(session: Session, progress: Progress, saver: Saver) -> Progress:
                 if calls_for_rollback(session, outcome):
                     saver.complete()  # which checkpoint is the last must not depend on how fast the disk is
                     progress = roll_back(session, progress, outcome)
-                progress = validate_if_due(session, progress)
+                progress = _validate(session, progress, saver)
                 saver.after_step(progress)
                 timer.restart()
         saver.finish(progress)
@@ -64,6 +65,18 @@ def _check_guard(session: Session, saver: Saver) -> None:
         session.guard.check_limit()
     except CheckFailed:
         saver.complete()
+        raise
+
+
+def _validate(session: Session, progress: Progress, saver: Saver) -> Progress:
+    """Score held-out text if it is due; before a guard stops the run its work is saved.
+
+    It is saved as not yet validated, so that the same command stops at the same place again.
+    """
+    try:
+        return validate_if_due(session, progress)
+    except CheckFailed:
+        saver.save(progress)
         raise
 
 

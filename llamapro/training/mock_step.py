@@ -26,6 +26,7 @@ from llamapro.ranks import Ranks
 from llamapro.training.opening import start_engine
 from llamapro.training.preflight import Facts
 from llamapro.training.randomness import seed_step
+from llamapro.training.replay import ReplayObjective, replay_objective
 from llamapro.training.step import to_device
 
 # While the second one runs, the first one's gradients are there too.
@@ -81,11 +82,12 @@ def mock_step(config: RunConfig, facts: Facts, ranks: Ranks) -> MockStep:
     console.info(
         f"one step of {micro_batches} × {facts.micro_sequences} × {facts.sequence_length} random tokens per rank"
     )
+    objective = replay_objective(config, facts)
     seed_step(config.run.seed, 0, ranks.rank)
     started = time.perf_counter()
     for _ in range(micro_batches):
         last = time.perf_counter()
-        _micro_step(engine, random_batch(facts), facts, ranks, micro_batches)
+        _micro_step(engine, objective.everywhere(random_batch(facts)), objective, ranks, micro_batches)
     ended = time.perf_counter()
     engine.step(config.schedule.learning_rate)
     _wait_for(ranks.device)
@@ -109,9 +111,9 @@ def random_batch(facts: Facts) -> Batch:
     )
 
 
-def _micro_step(engine: Engine, batch: Batch, facts: Facts, ranks: Ranks, micro_batches: int) -> None:
+def _micro_step(engine: Engine, batch: Batch, objective: ReplayObjective, ranks: Ranks, micro_batches: int) -> None:
     inputs, _ = to_device(batch, ranks.device)
-    loss = engine.forward_loss(*inputs)
+    loss = engine.forward_loss(*inputs, objective.of(batch, ranks.device) if objective.targets(batch) else None)
     engine.backward(loss.loss_sum, micro_batches * ranks.world_size * batch.valid_tokens)
     _wait_for(ranks.device)
 

@@ -148,6 +148,7 @@ def run_identity(config: RunConfig, facts: Facts, folder: RunFolder) -> RunIdent
         steps=resolved_steps(config, facts, folder),
         schedule=config.schedule.model_dump(mode="json", exclude={"steps"}),
         optimizer=config.optimizer.model_dump(mode="json"),
+        objective=config.objective.model_dump(mode="json"),
     )
 
 

@@ -21,7 +21,7 @@ from llamapro.planning.advice import ways_out
 from llamapro.planning.flops import FlopsPerToken
 from llamapro.planning.memory import Memory
 from llamapro.planning.plan import Choice, Job, choose, usable_bytes
-from llamapro.planning.run_job import job_of_run
+from llamapro.planning.run_job import beyond_plan, job_of_run
 from llamapro.planning.tables import (
     FLOPS_COLUMNS,
     LEARNING_COLUMNS,
@@ -32,6 +32,7 @@ from llamapro.planning.tables import (
     memory_rows,
     recomputation,
 )
+from llamapro.training.base_within import check_replay, check_retention
 from llamapro.training.data_facts import ModelText, check_sources, check_validation_sets, warn_of_repeats
 from llamapro.training.device import Device, present_device
 from llamapro.training.findings import Findings
@@ -107,6 +108,9 @@ def check_facts(config: RunConfig, stage: Stage, world_size: int, device: Device
     text = _model_text(model, findings)
     sources = check_sources(config, text, findings)
     validation_sets = check_validation_sets(config, sources, text, findings)
+    if model is not None and trainable is not None:
+        check_replay(config, model, trainable, findings)
+        check_retention(config, model, trainable, sources.keys() - validation_sets.keys(), findings)
     if findings.problems or model is None or trainable is None or text is None:
         raise ConfigError(findings.problems, f"{stage} on {config.model.path}")
     steps = None if config.schedule.steps == "auto" else config.schedule.steps
@@ -167,6 +171,8 @@ def show_plan(config: RunConfig, facts: Facts) -> None:
     memory = memory_rows(facts.job, facts.micro_sequences, facts.recomputed, budget)
     console.table("memory per rank, GiB", MEMORY_COLUMNS, memory)
     console.table("FLOPs per token", FLOPS_COLUMNS, flops_rows(facts.flops))
+    if beyond := beyond_plan(config, facts.job, facts.micro_sequences):
+        console.info(beyond)
 
 
 def _check_paths(config: RunConfig, findings: Findings) -> None:

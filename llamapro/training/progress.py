@@ -18,6 +18,7 @@ class Progress:
         validated: the last step after which held-out text was scored; -1 before the first time.
         start_difference: largest difference of logits between model and base before the first step; None where it was
             not measured.
+        base_losses: nats per token of the base on held-out text, by what fixes them.
     """
 
     step: int = 0
@@ -27,6 +28,7 @@ class Progress:
     validated: int = -1
     source_tokens: Mapping[str, int] = field(default_factory=dict)
     start_difference: float | None = None
+    base_losses: Mapping[str, float] = field(default_factory=dict)
 
     def after(self, outcome: "StepOutcome", sequences: int) -> "Progress":
         """The progress after one more step over this many sequences."""
@@ -65,6 +67,8 @@ class StepOutcome:
         gradient_norm: of the mean-loss gradient over all trainable parameters, before clipping.
         skipped: why the update was not applied; empty when it was.
         tokens: target tokens of the step, over all ranks.
+        replay_kl: mean KL(base ‖ model) over the targets of `objective.sets`, nats per token; None where there were
+            none.
     """
 
     loss: float
@@ -74,3 +78,4 @@ class StepOutcome:
     skipped: str = ""
     source_losses: Mapping[str, float] = field(default_factory=dict)
     source_tokens: Mapping[str, int] = field(default_factory=dict)
+    replay_kl: float | None = None

@@ -40,6 +40,7 @@ class RunIdentity(BaseModel):
         sources: dataset fingerprint by source name.
         shares: weight, or repeat, by source name; `share_kind` says which.
         steps: optimizer steps of the whole run.
+        objective: empty in checkpoints that don't say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class RunIdentity(BaseModel):
     steps: int
     schedule: dict[str, Any]
     optimizer: dict[str, Any]
+    objective: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def decide_resume(stored: RunIdentity, now: RunIdentity, step: int, accept: Sequ
             )
     if problems:
         raise ConfigError(problems, "this run can't be resumed with the changed configuration")
+    if stored.objective and stored.objective != now.objective:
+        events.append(f"objective: {_changed_keys(stored.objective, now.objective)}")
     blend = blend_events(stored, now)
     if stored.steps != now.steps:
         events.append(f"schedule.steps {stored.steps} -> {now.steps}")

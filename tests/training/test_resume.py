@@ -47,6 +47,14 @@ def test_weights_new_sources_and_global_batch_start_a_new_stage(changes: dict[st
     assert decision.new_stage and decision.events
 
 
+def test_another_objective_is_free_and_told() -> None:
+    plain, replay = {"replay_kl": 0.0, "sets": []}, {"replay_kl": 1.0, "sets": ["wiki"]}
+    decision = decide_resume(identity(objective=plain), identity(objective=replay), 10, [])
+    (event,) = decision.events
+    assert "objective" in event and "replay_kl 0.0 -> 1.0" in event and not decision.new_stage
+    assert decide_resume(identity(), identity(objective=replay), 10, []).events == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
