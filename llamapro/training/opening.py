@@ -28,7 +28,7 @@ from llamapro.run_folder import RunFolder
 from llamapro.training.agreement import agree
 from llamapro.training.fp8 import folds_at_start
 from llamapro.training.guards import SpikeGuard
-from llamapro.training.live_record import record_in_memory
+from llamapro.training.live_record import record_in_memory, record_of_plain
 from llamapro.training.metrics import MetricsLog, cut_back
 from llamapro.training.preflight import Facts
 from llamapro.training.progress import Progress
@@ -206,9 +206,13 @@ def _guard(config: RunConfig) -> SpikeGuard:
 
 
 def _live_record(facts: Facts, model: LanguageModel, ranks: Ranks) -> ExpansionRecord | None:
-    if facts.record is None:
+    record, held = facts.record, model.stored_dtypes()
+    if record is None and facts.trainable.everything:
         return None
-    return record_in_memory(facts.record, facts.model_folder, model.stored_dtypes(), ranks)
+    if record is None:
+        shape = facts.job.shape
+        record = record_of_plain(facts.model_folder, facts.model_config, facts.family, shape.blocks, held, ranks)
+    return record_in_memory(record, facts.model_folder, held, ranks)
 
 
 def _deadline(config: RunConfig) -> float | None:

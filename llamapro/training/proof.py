@@ -54,7 +54,8 @@ def _proof_of_record(session: Session) -> FrozenProof:
     in_fp8 = engine.model.stored.names(quantized_parameters(engine.model.hf))
     apart = [*engine.model.trainable_tensors(), *in_fp8]
     proof = prove_frozen(engine.frozen_slices(), record, session.ranks, apart)
-    return replace(proof, claim="base tensors in bf16 equal the record") if in_fp8 else proof
+    claim = "base tensors in bf16 equal the record" if in_fp8 else proof.claim
+    return replace(proof, claim=claim if session.facts.record else "base tensors equal the model folder")
 
 
 def prove_identity(session: Session, progress: Progress) -> Progress:

@@ -31,7 +31,8 @@ class Session:
         source_names: names of the stream's sources, by source number.
         deadline: `time.monotonic()` at which the run stops by itself; None: never.
         lock: of the run folder, held by rank 0; None on the others.
-        live_record: the expansion record as the weights in memory must match it; None for a model without one.
+        live_record: the expansion record as the weights in memory must match it; of a model without one, what its
+            folder holds; None where all of that learns.
         fp8_start: folds of what is in FP8 as it was at the start; empty where nothing is.
         validation_sets: this rank's held-out batches by set, with the UTF-8 bytes of each row; equally many batches
             on every rank.

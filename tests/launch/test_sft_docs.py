@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from data_tools.chat.library import template_names
 from data_tools.chat.options import CHAT_FORMATS, LOSS_ON
 from llamapro.cli.main import main
+from llamapro.config.load import load_config
 from tests.support.chats import TWO_ROUNDS, write_rows
 from tests.support.models import save_tiny_llama
 from tests.support.source import ROOT
@@ -58,3 +59,12 @@ def train(words: list[str]) -> None:
         [sys.executable, *words], capture_output=True, text=True, timeout=180, env={**clean, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_line_about_adapters_is_a_configuration(tmp_path: Path) -> None:
+    (configuration,) = blocks("yaml")
+    (line,) = [text for text in blocks("text") if text.startswith("model: ")]
+    lines = [line.strip() if old.startswith("model: ") else old for old in configuration.splitlines()]
+    (tmp_path / "instruct.yaml").write_text("\n".join(lines))
+    model = load_config(tmp_path / "instruct.yaml").model
+    assert model.trainable == "lora" and model.lora is not None and model.lora.rank == 16
