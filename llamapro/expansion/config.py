@@ -11,7 +11,7 @@ from llamapro.expansion.depth import spelled_out
 from llamapro.expansion.families import Family, count_of_blocks
 from llamapro.expansion.layout import Layout
 from llamapro.expansion.record import CONFIG_KEY, CONFIG_NAME, ExpansionRecord, compact
-from llamapro.expansion.source import HARMLESS_PRIVATE_FIELDS, companion_files, read_json
+from llamapro.expansion.source import BASE_CARD_NAME, CARD_NAME, HARMLESS_PRIVATE_FIELDS, companion_files, read_json
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 CONFIG_DTYPES = {"bf16": "bfloat16", "float32": "float32"}
@@ -69,10 +69,12 @@ def write_config(folder: Path, config: Mapping[str, Any], record: ExpansionRecor
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template, generation config and licence files; the cache is on in what is written."""
+    """Copy tokenizer, chat template, generation config, licence files and the base's card; the cache is on there."""
     for path in companion_files(source):
         (target / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / path, target / path)
+    if (source / CARD_NAME).is_file() and not (source / BASE_CARD_NAME).exists():
+        shutil.copyfile(source / CARD_NAME, target / BASE_CARD_NAME)
     generation = read_json(target / GENERATION_CONFIG_NAME)
     if generation is not None and generation.get("use_cache") is False:
         write_json(target / GENERATION_CONFIG_NAME, generation | {"use_cache": True})

@@ -21,7 +21,7 @@ from llamapro.errors import Corrupted, ModelRefused, UserError
 from llamapro.expansion.conversion import conversion_folder
 from llamapro.expansion.gguf_tokenizer import save_tokenizer, word_rule
 from llamapro.expansion.record import CONFIG_NAME
-from llamapro.expansion.source import companion_files, has_safetensors
+from llamapro.expansion.source import CARD_NAME, companion_files, has_safetensors
 from llamapro.files.disk import GIB, require_free_space
 
 if TYPE_CHECKING:
@@ -120,11 +120,12 @@ def converted_gguf(given: str, path: Path, out: Path, dtype: str) -> Iterator[Pa
     """
     folder = Path(given).expanduser()
     companions = companion_files(folder) if folder.is_dir() else []
+    cards = [Path(CARD_NAME)] if (folder / CARD_NAME).is_file() else []
     own_tokenizer = any(str(name) in TOKENIZER_FILES for name in companions)
     _require_packages(path)
     with conversion_folder(out, path.stat().st_size) as target:
         convert_gguf(path, target, dtype, tokenizer=not own_tokenizer)
-        for name in companions:
+        for name in (*companions, *cards):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, target / name)
         yield target

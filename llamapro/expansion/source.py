@@ -18,6 +18,9 @@ HUB_ID = re.compile(
 )
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
+# A model's card; what is made from the model keeps it under the other name, because it states the base's licence.
+CARD_NAME = "README.md"
+BASE_CARD_NAME = "BASE_MODEL_CARD.md"
 # What a model consists of besides its config and weights.
 COMPANION_PATTERNS = (
     "tokenizer*",
@@ -35,6 +38,7 @@ COMPANION_PATTERNS = (
     "[Ll][Ii][Cc][Ee][Nn][SsCc][Ee]*",
     "[Nn][Oo][Tt][Ii][Cc][Ee]*",
     "USE_POLICY*",
+    BASE_CARD_NAME,
 )
 # Their names begin so, in any case, when they state terms.
 TERMS = ("license", "licence", "notice", "use_policy")
@@ -201,7 +205,9 @@ def _fields(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _fetch(repository: str, revision: str | None, allow_pickle: bool) -> Path:
     """A snapshot with settings, tokenizer and one set of weights: safetensors, or else pickles if they are allowed."""
-    folder = _download(repository, revision, [CONFIG_NAME, INDEX_FILE, PICKLE_INDEX_FILE, *COMPANION_PATTERNS])
+    folder = _download(
+        repository, revision, [CONFIG_NAME, CARD_NAME, INDEX_FILE, PICKLE_INDEX_FILE, *COMPANION_PATTERNS]
+    )
     commit = folder.name
     _download(repository, commit, _weight_files(folder, INDEX_FILE, SINGLE_FILE))
     if allow_pickle and not has_safetensors(folder):

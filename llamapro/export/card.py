@@ -11,10 +11,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from llamapro.expansion.record import ExpansionRecord
-from llamapro.expansion.source import TERMS, hub_repository
+from llamapro.expansion.source import hub_repository
 from llamapro.export.history import History, source_facts
-
-CARD_NAME = "README.md"
+from llamapro.export.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class CardFacts:
         history: of the run, up to the exported step; None where the run folder is unknown.
         step: optimizer steps behind the exported weights.
         unchanged: base tensors that are bit-identical to the base as written by the expansion.
-        license_files: copied from the base.
+        terms: of the base.
         strength: of new blocks that are not as training left them, in words; "" where all are.
     """
 
@@ -36,7 +35,7 @@ class CardFacts:
     history: History | None
     step: int
     unchanged: int
-    license_files: tuple[str, ...]
+    terms: Terms
     strength: str = ""
 
 
@@ -54,13 +53,16 @@ def model_card(facts: CardFacts) -> str:
         _license(facts),
     )
     body = "\n\n".join(section for section in sections if section)
-    return f"---\n{_header(facts.record)}\n---\n\n{body}\n"
+    return f"---\n{_header(facts)}\n---\n\n{body}\n"
 
 
-def _header(record: ExpansionRecord | None) -> str:
-    base = record.base_id if record else ""
+def _header(facts: CardFacts) -> str:
+    record, terms = facts.record, facts.terms
     data = ModelCardData(
-        base_model=hub_repository(base),
+        base_model=hub_repository(record.base_id) if record else None,
+        license=terms.license,
+        license_name=terms.license_name,
+        license_link=terms.license_link,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llama-pro", "block-expansion", "llamapro"] if record else ["llamapro"],
@@ -182,16 +184,18 @@ def _use(architecture: str) -> str:
 
 
 def _license(facts: CardFacts) -> str:
-    if not facts.license_files:
-        return ""
-    return f"## Licence\n\nThe base model's terms are in {', '.join(f'`{name}`' for name in facts.license_files)}."
+    terms = facts.terms
+    parts = []
+    if terms.license:
+        link = f" ({terms.license_link})" if terms.license_link else ""
+        parts.append(f"The base model's licence is {terms.license_name or terms.license}{link}.")
+    if terms.files:
+        parts.append(f"The base model's terms are in {', '.join(f'`{name}`' for name in terms.files)}.")
+    if parts and facts.history and source_facts(facts.history):
+        parts.append("Those of the training data are in the table above.")
+    return "## Licence\n\n" + " ".join(parts) if parts else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def license_files(files: Sequence[Path]) -> tuple[str, ...]:
-    """The names among a model's companion files that state terms."""
-    return tuple(path.name for path in files if path.name.lower().startswith(TERMS))

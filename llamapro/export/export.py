@@ -13,16 +13,17 @@ from typing import Any
 from llamapro import console
 from llamapro.errors import UserError
 from llamapro.expansion.record import CONFIG_NAME, ExpansionRecord, write_record
-from llamapro.expansion.source import companion_files, read_config, resolve_model
+from llamapro.expansion.source import CARD_NAME, companion_files, read_config, resolve_model
 from llamapro.expansion.strength import Strengths, described
 from llamapro.export.adapters import record_after, trained_tensors
-from llamapro.export.card import CARD_NAME, CardFacts, license_files, model_card
+from llamapro.export.card import CardFacts, model_card
 from llamapro.export.carry import carried_config, carried_record
 from llamapro.export.delta import FILES, TENSORS, open_delta, rebuilt_tensors, write_index
 from llamapro.export.history import read_history
 from llamapro.export.source import TrainedSource, find_trained, is_delta
 from llamapro.export.strength import StrengthRequest, at_strengths, scaled_names
 from llamapro.export.tensors import OUTPUT_DTYPES, ExportTensor, merged_tensors, planned_bytes, write_tensors
+from llamapro.export.terms import Terms, terms_of
 from llamapro.files.atomic import require_free_target, staged_folder
 from llamapro.files.disk import require_free_space
 from llamapro.files.tensors import TensorFolder
@@ -149,7 +150,7 @@ def _write_files(
         write_record(folder, record)
     config = read_config(trained.model)
     (folder / CONFIG_NAME).write_text(carried_config(config, record, dtype), encoding="utf-8")
-    facts = _card_facts(trained, record, config, tensors, license_files(companions))
+    facts = _card_facts(trained, record, config, tensors, terms_of(trained.model, companions))
     card = model_card(replace(facts, strength=strength))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
@@ -159,7 +160,7 @@ def _card_facts(
     record: ExpansionRecord | None,
     config: dict[str, Any],
     tensors: Sequence[ExportTensor],
-    licenses: tuple[str, ...],
+    terms: Terms,
 ) -> CardFacts:
     step = trained.checkpoint.step
     return CardFacts(
@@ -168,7 +169,7 @@ def _card_facts(
         history=read_history(trained.run, step) if trained.run else None,
         step=step,
         unchanged=sum(not tensor.own for tensor in tensors),
-        license_files=licenses,
+        terms=terms,
     )
 
 

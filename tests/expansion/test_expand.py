@@ -192,6 +192,7 @@ def test_config_and_companions(base: Path, tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"LICENSE", "NOTICE.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     assert not names & {"modeling_own.py", "optimizer.pt", "README.md"}
+    assert (tmp_path / "out" / "BASE_MODEL_CARD.md").read_text() == "README.md"
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("*.json"))

@@ -144,7 +144,13 @@ def test_a_hub_model_is_fetched_without_code_and_expanded(repository: Path, tmp_
         record = expand("org/model@main", tmp_path / "out", new_blocks=2, allow_pickle=True)
         shards = {path.name for path in repository.glob("model-*.safetensors")}
         assert len(shards) > 1
-        others = {"config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"}
+        others = {
+            "config.json",
+            "generation_config.json",
+            "model.safetensors.index.json",
+            "chat_template.jinja",
+            "README.md",
+        }
         assert hub.fetched == shards | others | {"tokenizer.json", "tokenizer_config.json", "LICENSE"}
         snapshot = resolve_model("org/model")
         assert any(path.is_symlink() for path in snapshot.iterdir())
@@ -244,6 +250,7 @@ def test_companions_are_found_and_executables_never(tmp_path: Path) -> None:
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json"),
         *("merges.txt", "added_tokens.json", "chat_template.jinja", "generation_config.json", "LICENSE", "NOTICE.txt"),
         *("additional_chat_templates/tool.jinja", "tokenizer.model.v3", "tekken.json", "license.txt", "LICENCE"),
+        *("BASE_MODEL_CARD.md", "USE_POLICY.md"),
     }
     other = {"tokenizer.py", "tokenizer.bin", "LICENSE.pt", "README.md", "model.safetensors", "config.json", "x.py"}
     for name in wanted | other:

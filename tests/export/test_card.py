@@ -4,11 +4,16 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from llamapro.evaluation.results import ModelResult, Results, SetResult, write_results
+from llamapro.expansion.expand import expand
 from llamapro.export.export import export
+from llamapro.export.terms import Terms, terms_of
+from tests.support.data import build, save_tokenizer, write_jsonl
 from tests.support.exports import STEP, TinyRun, make_run, step_line, validation, write_checkpoint
+from tests.support.models import save_tiny_llama
 
 
 @pytest.fixture
@@ -74,3 +79,59 @@ def test_base_that_is_no_hub_id_is_not_claimed_as_one(tmp_path: Path) -> None:
     tiny = make_run(tmp_path, base_id="my-llama")
     export(tiny.folder, tmp_path / "out")
     assert ModelCard.load(tmp_path / "out/README.md").data.base_model is None
+
+
+def test_licence_and_terms_of_the_base_go_all_the_way(tmp_path: Path) -> None:
+    """From the base's card through expansion, export, a second expansion, whatever else that card says."""
+    base = save_tiny_llama(tmp_path / "base", dtype=torch.bfloat16)
+    stated = "license: other\nlicense_name: tiny-1\nlicense_link: LICENSE.txt\ndatasets: 7\n"
+    (base / "README.md").write_text(f"---\n{stated}---\n# Tiny\n")
+    for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+        (base / name).write_text(f"terms in {name}")
+    tiny = make_run(tmp_path, base=base)
+    export(tiny.folder, tmp_path / "out")
+    expand(str(tmp_path / "out"), tmp_path / "second", new_blocks=2)
+    for folder in (tmp_path / "out", tmp_path / "second"):
+        assert (folder / "BASE_MODEL_CARD.md").read_bytes() == (base / "README.md").read_bytes()
+        for name in ("LICENSE.txt", "NOTICE", "USE_POLICY.md"):
+            assert (folder / name).read_bytes() == (base / name).read_bytes()
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "tiny-1", "LICENSE.txt")
+    assert "The base model's licence is tiny-1 (LICENSE.txt)." in card.text
+    assert "`LICENSE.txt`, `NOTICE`, `USE_POLICY.md`" in card.text
+
+
+@pytest.mark.parametrize(
+    ("card", "known"),
+    [
+        ("---\nlicense: llama2\n---\ntext", "llama2"),
+        ("---\r\nlicense:\r\n- mit\r\n---\r\ntext", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
+        ("no front matter\n---\nlicense: mit\n---\n", None),
+        ("---\nlanguage: en\n---\n", None),
+        ("", None),
+    ],
+)
+def test_licence_is_what_the_card_states_and_nothing_else(card: str, known: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert terms_of(tmp_path, []) == Terms(known)
+
+
+def test_card_that_can_not_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert terms_of(tmp_path, [Path("LICENSE")]) == Terms(files=("LICENSE",))
+    assert "licence of the base is not known" in capsys.readouterr().err
+
+
+def test_data_licences_are_those_that_the_datasets_state(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path)
+    save_tokenizer(tmp_path / "tokenizer")
+    write_jsonl(tmp_path / "law.jsonl", ["the law of the land"] * 3)
+    dataset = build([tmp_path / "law.jsonl"], tmp_path / "tokenizer", tmp_path / "data", license="CC-BY-4.0")
+    config = tiny.folder / "config.yaml"
+    config.write_text(config.read_text().replace("nowhere/law", str(dataset.folder)))
+    export(tiny.folder, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md").text
+    assert "| law | 80% of the tokens | CC-BY-4.0 |" in card
+    assert "| wiki | 20% of the tokens | not recorded |" in card
+    assert "Those of the training data are in the table above." in card

@@ -40,10 +40,12 @@ def make_run(
     tied: bool = False,
     everything: bool = False,
     base_id: str = BASE_ID,
+    base: Path | None = None,
 ) -> TinyRun:
-    """4 → 6 blocks; the new blocks (or everything) got random float32 masters at step 12."""
-    base = save_tiny_llama(root / "base", dtype=dtype, tied=tied)
-    (base / "LICENSE").write_text("Terms of the tiny llama.\n")
+    """4 → 6 blocks of a tiny llama or `base`; the new ones (or everything) got random float32 masters at step 12."""
+    if base is None:
+        base = save_tiny_llama(root / "base", dtype=dtype, tied=tied)
+        (base / "LICENSE").write_text("Terms of the tiny llama.\n")
     record = expand(str(base), root / "model", new_blocks=2, base_id=base_id)
     shapes = {name: entry.shape for name, entry in TensorFolder.open(root / "model").entries.items()}
     names = [name for name in shapes if everything or block_of(record, name) in record.new_blocks]
