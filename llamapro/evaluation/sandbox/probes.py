@@ -81,6 +81,10 @@ def _files() -> dict[str, str]:
 def _network(port: int, abstract_name: str) -> dict[str, str]:
     return {
         "connecting to this machine": f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)",
+        # Only looks for a way: no packet leaves.
+        "reaching another network": (
+            "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('192.0.2.1', 9))"
+        ),
         "connecting to a local socket": f"import socket\nsocket.socket(socket.AF_UNIX).connect('\\0{abstract_name}')",
     }
 
