@@ -69,8 +69,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for option, value in (("--limit", arguments.limit), ("--batch-size", arguments.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: give 1 or more")
-    if are_wanted(arguments) and find_spec("lm_eval") is None:
-        raise UserError("--tasks and --suite need lm-eval, which is not installed: pip install 'llamapro[eval]'")
+    if (are_wanted(arguments) or arguments.mt_bench) and find_spec("lm_eval") is None:
+        raise UserError(
+            "--tasks, --suite and --mt-bench need lm-eval, which is not installed: pip install 'llamapro[eval]'"
+        )
 
 
 @contextmanager

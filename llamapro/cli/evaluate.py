@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from llamapro import console
-from llamapro.cli import benchmarks, strengths
+from llamapro.cli import benchmarks, mt_bench, strengths
 from llamapro.cli.details import show_details
 from llamapro.cli.texts import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -38,6 +38,7 @@ from llamapro.expansion.source import resolve_model
 from llamapro.export.export import export
 from llamapro.export.source import is_delta, is_trained_source
 from llamapro.files.atomic import remove_tree
+from llamapro.report.evaluation import write_evaluation_page
 
 DETAIL_SEQUENCES = 16
 EXPORTED = ".exported"
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     strengths.add_arguments(parser)
     benchmarks.add_arguments(parser)
+    mt_bench.add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help=f"folder for {RESULTS_NAME} and what is kept")
 
 
@@ -100,7 +102,8 @@ def _evaluate(arguments: argparse.Namespace, crew: Crew) -> int:
     strengths.check_arguments(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     config = run_configuration(Path(arguments.model))
-    required = arguments.strengths is not None or not benchmarks.are_wanted(arguments)
+    asked = mt_bench.questions(arguments)
+    required = arguments.strengths is not None or not (benchmarks.are_wanted(arguments) or asked)
     sets = _text_sets(arguments.text, config, arguments.model, required=required)
     planned = benchmarks.plan(arguments)
     base = (arguments.compare, resolve_model(arguments.compare)) if arguments.compare else None
@@ -108,14 +111,18 @@ def _evaluate(arguments: argparse.Namespace, crew: Crew) -> int:
         drops: list[Drop] = []
         if planned is not None:
             drops += benchmarks.drops(benchmarks.evaluate(arguments, crew, planned, (arguments.model, folder), base))
+        if asked:
+            mt_bench.evaluate(arguments, crew, (arguments.model, folder), asked)
         if sets:
-            drops += text_drops(_evaluate_texts(arguments, folder, base, sets, config))
+            drops += text_drops(_evaluate_texts(arguments, crew, folder, base, sets, config))
+    console.info(f"wrote {write_evaluation_page(arguments.output, arguments.model)}")
     _judge(drops, arguments.fail_if_drop)
     return 0
 
 
 def _evaluate_texts(
     arguments: argparse.Namespace,
+    crew: Crew,
     folder: Path,
     base: tuple[str, Path] | None,
     sets: Sequence[TextSet],
@@ -131,7 +138,7 @@ def _evaluate_texts(
     )
     dialled = strengths.dialled_model(arguments, folder, sets, settings)
     results = evaluate_model(
-        (arguments.model, folder), base, sets, settings, arguments.output, arguments.detail_sequences
+        (arguments.model, folder), base, sets, settings, arguments.output, arguments.detail_sequences, crew.text_scorer
     )
     _show(results)
     show_details(results)

@@ -9,14 +9,13 @@ from llamapro.errors import UserError
 from llamapro.evaluation.measure import Settings, TextSet
 from llamapro.evaluation.results import Change
 from llamapro.evaluation.stored import write_stored
-from llamapro.evaluation.strength import DialledModel, StrengthCurve, measure_strengths
+from llamapro.evaluation.strength import STRENGTHS_NAME, DialledModel, StrengthCurve, measure_strengths
 from llamapro.evaluation.variants import Variants
 from llamapro.expansion.record import read_record
 from llamapro.export.strength import parse_strengths
 from llamapro.files.atomic import write_atomic
 from llamapro.report.strengths import draw_strengths
 
-STRENGTHS_NAME = "strengths.json"
 PICTURE_NAME = "strengths.svg"
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from llamapro.evaluation.contribution import measure_contributions
 from llamapro.evaluation.intervals import Estimate
-from llamapro.evaluation.measure import Measured, Settings, TextSet, measure, program_versions
+from llamapro.evaluation.measure import (
+    Measured,
+    OpenScorer,
+    Settings,
+    TextSet,
+    measure,
+    program_versions,
+    scorer_alone,
+)
 from llamapro.evaluation.results import Change, Contribution, Results, TokenShift, write_results
 from llamapro.evaluation.shift import measure_shifts
 from llamapro.evaluation.text import relative_change
@@ -20,6 +28,7 @@ def evaluate_model(
     settings: Settings,
     output: Path,
     detail_sequences: int = 0,
+    open_scorer: OpenScorer = scorer_alone,
 ) -> Results:
     """Measure a model, and its base on the same rows, and write `output`/results.json.
 
@@ -28,9 +37,10 @@ def evaluate_model(
         base: the same for what it is compared with.
         detail_sequences: rows per set, at most, on which tokens are compared and blocks are bypassed one by one; 0:
             neither is done.
+        open_scorer: loads a model that is scored.
     """
-    measured = measure(model[1], model[0], sets, settings, output)
-    against = measure(base[1], base[0], sets, settings, output) if base else None
+    measured = measure(model[1], model[0], sets, settings, output, open_scorer)
+    against = measure(base[1], base[0], sets, settings, output, open_scorer) if base else None
     contributions: dict[str, dict[str, Contribution]] = {}
     shifts: dict[str, TokenShift] = {}
     if base and detail_sequences:

@@ -1,6 +1,7 @@
 """Measure a model folder on text sets, each measurement once: what is stored is not measured again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from llamapro.ranks import Ranks
 TOKENS_PER_BATCH = 8192
 PRECISIONS = {"bf16": "bfloat16", "float32": "float32"}
 Batches = Sequence[tuple[Batch, Sequence[float]]]
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,34 @@ class Measured:
     scores: Mapping[str, TextScore]
 
 
-def measure(folder: Path, name: str, sets: Sequence[TextSet], settings: Settings, store: Path) -> Measured:
+Scorer = Callable[[TextSet, Batches, Advance], TextScore]
+OpenScorer = Callable[[Path, str, Settings], AbstractContextManager[Scorer]]
+
+
+@contextmanager
+def scorer_alone(folder: Path, dtype: str, settings: Settings) -> Iterator[Scorer]:
+    """Scores texts with a model folder that this process alone has loaded.
+
+    Raises:
+        ModelRefused: the model can't be built; says why.
+        Corrupted: a base tensor differs from the model's record; names it.
+    """
+    loss = loss_of(load_model(folder, dtype, settings.device), settings.device)
+    yield lambda _, batches, advance: evaluate_text(loss, batches, Ranks.solo(settings.device), advance)
+
+
+def measure(
+    folder: Path,
+    name: str,
+    sets: Sequence[TextSet],
+    settings: Settings,
+    store: Path,
+    open_scorer: OpenScorer = scorer_alone,
+) -> Measured:
     """Score a model folder on every set; measurements are read from, and kept in, the folder `store`.
+
+    Args:
+        open_scorer: loads the model, when there is something to score.
 
     Raises:
         ModelRefused: the model can't be built; says why.
@@ -90,7 +118,7 @@ def measure(folder: Path, name: str, sets: Sequence[TextSet], settings: Settings
     stored = {text.name: stored_measurement(store, keys[text.name]) for text in sets}
     missing = [text for text in sets if stored[text.name] is None]
     keep = partial(_keep, store, keys)
-    fresh = _score(folder, name, missing, dtype, settings, keep)
+    fresh = _score(name, missing, settings, keep, partial(open_scorer, folder, dtype, settings)) if missing else {}
     scores = {text.name: fresh.get(text.name) or _present(stored[text.name]) for text in sets}
     results = {text.name: set_result(text, scores[text.name]) for text in sets}
     return Measured(ModelResult(name=name, digest=digest, sets=results), scores)
@@ -138,22 +166,18 @@ def measurement_key(text: TextSet, digest: str, dtype: str, settings: Settings) 
 
 
 def _score(
-    folder: Path,
     name: str,
     sets: Sequence[TextSet],
-    dtype: str,
     settings: Settings,
     keep: Callable[[TextSet, TextScore], None],
+    open_scorer: Callable[[], AbstractContextManager[Scorer]],
 ) -> dict[str, TextScore]:
-    if not sets:
-        return {}
-    loss = loss_of(load_model(folder, dtype, settings.device), settings.device)
     batches = {text.name: text_batches(text, settings) for text in sets}
     rows = sum(len(row_bytes) for set_batches in batches.values() for _, row_bytes in set_batches)
     scores = {}
-    with console.progress(f"evaluating {name}", rows, "rows") as advance:
+    with open_scorer() as score, console.progress(f"evaluating {name}", rows, "rows") as advance:
         for text in sets:
-            scores[text.name] = evaluate_text(loss, batches[text.name], Ranks.solo(settings.device), advance)
+            scores[text.name] = score(text, batches[text.name], advance)
             keep(text, scores[text.name])
     return scores
 

@@ -24,6 +24,7 @@ from llamapro.expansion.record import ExpansionRecord
 from llamapro.expansion.strength import Strengths, blocks_above_base, dialled_tensor
 from llamapro.modeling.model import LanguageModel
 
+STRENGTHS_NAME = "strengths.json"
 FORMAT_VERSION = 1
 # Strengths are tried from 1 downwards in this many steps, then the last one is halved this often.
 COARSE_STEPS = 8

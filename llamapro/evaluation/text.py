@@ -79,6 +79,16 @@ def evaluate_text(
             pass is collective; rows without target tokens don't count.
         advance: told the number of rows done, after each batch.
     """
+    return score_rows(evaluate_rows(loss, batches, ranks, advance))
+
+
+def evaluate_rows(
+    loss: Callable[[Batch], RowLosses],
+    batches: Iterable[tuple[Batch, Sequence[float]]],
+    ranks: Ranks,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[RowScore, ...]:
+    """What `evaluate_text` makes its score of: the rows of all ranks that have target tokens, in rank order."""
     mine: list[tuple[float, int, float]] = []
     with torch.no_grad():
         for batch, row_bytes in batches:
@@ -87,7 +97,7 @@ def evaluate_text(
             mine.extend(zip(sums, tokens, map(float, row_bytes), strict=True))
             advance(len(sums))
     gathered = (RowScore(*row) for part in ranks.all_gather_json(mine) for row in part)
-    return score_rows(tuple(row for row in gathered if row.tokens))
+    return tuple(row for row in gathered if row.tokens)
 
 
 def score_rows(rows: Sequence[RowScore]) -> TextScore:

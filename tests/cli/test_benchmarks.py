@@ -14,6 +14,7 @@ from llamapro.cli.main import main
 from llamapro.files.digests import sha256_file
 from tests.support.benchmark_items import write_archive
 from tests.support.models import save_tiny_llama
+from tests.support.texts import LAW, write_text_dataset
 
 WITH_OWN_ARCHIVE = """
 import sys
@@ -56,7 +57,7 @@ def test_model_is_compared_with_its_base_and_the_second_run_only_reads(
     assert evaluate(root, tmp_path, *tasks) == 0
     assert "arc_easy" in capsys.readouterr().out
     first = written(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "measurements"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "measurements", "report.html"]
     for name, change in first["changes"].items():
         metric = change["metric"]
         model, base = first["model"][name]["metrics"][metric], first["base"][name]["metrics"][metric]
@@ -103,7 +104,8 @@ def test_drop_of_a_benchmark_beyond_the_limit_fails_after_the_results_are_writte
 
 def test_two_processes_score_as_one(root: Path, tmp_path: Path) -> None:
     arguments = ("--tasks", "hellaswag:3", "arc_easy", "mbpp", "--run-programs", "--task-data", root / "items.whl")
-    found = []
+    arguments += ("--text", f"law={write_text_dataset(tmp_path / 'law', root / 'model', LAW)}")
+    found, texts = [], []
     for processes in (1, 2):
         output = tmp_path / str(processes)
         script = tmp_path / "evaluate.py"
@@ -119,7 +121,9 @@ def test_two_processes_score_as_one(root: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("hellaswag") == 1, "one table"
         found.append(written(output))
+        texts.append((output / "results.json").read_bytes())
     assert found[0] == found[1]
+    assert texts[0] == texts[1]
     assert found[0]["model"]["mbpp"]["metrics"]["pass@1,none"]["value"] == 0.0
 
 

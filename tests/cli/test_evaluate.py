@@ -92,7 +92,7 @@ def test_run_is_evaluated_as_its_export_on_its_own_sets_and_nothing_is_left(
     assert results["run"]["sets"].keys() == {"law", "wiki"}
     for name, score in results["run"]["sets"].items():
         assert score["loss"] == results["export"]["sets"][name]["loss"]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["measurements", "results.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["measurements", "report.html", "results.json"]
     assert (tmp_path / "checkpoint/results.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""One model on every rank; rank 0 asks, all answer, each a part of the questions.
+"""One model on every rank; rank 0 asks, all answer, each a part of the questions or of a text's rows.
 
 Only rank 0 knows tasks: it cuts the requests into chunks, and the answers do not depend on how many ranks share them.
 Messages are JSON.
@@ -14,6 +14,9 @@ import orjson
 import torch
 
 from llamapro.errors import CheckFailed
+from llamapro.evaluation.measure import Advance, Batches, Scorer, Settings, TextSet
+from llamapro.evaluation.shared_text import RowShare
+from llamapro.evaluation.text import TextScore, score_rows
 from llamapro.files.atomic import write_atomic
 from llamapro.ranks import Ranks
 
@@ -39,6 +42,7 @@ class Crew:
         self.ranks = ranks
         self._load = load
         self._answering: Answering | None = None
+        self._rows = RowShare(ranks)
 
     @contextmanager
     def at_work(self) -> Iterator["Crew"]:
@@ -62,9 +66,31 @@ class Crew:
         """On rank 0: the answers to at most as many chunks, each with its number, as there are ranks."""
         return self._follow(self.ranks.broadcast_json({"kind": kind, "chunks": chunks}))[: len(chunks)]
 
+    @contextmanager
+    def text_scorer(self, folder: Path, dtype: str, settings: Settings) -> Iterator[Scorer]:
+        """On rank 0: while this lasts, every rank has this model for texts and scores its part of their rows."""
+
+        def score(text: TextSet, batches: Batches, advance: Advance) -> TextScore:
+            self.ranks.broadcast_json({"rows": self._rows.order(text, settings)})
+            return score_rows(self._rows.score(batches, advance))
+
+        self._follow(self.ranks.broadcast_json({"text_model": [str(folder), dtype, settings.device.type]}))
+        try:
+            yield score
+        finally:
+            self._rows.unload()
+
     def _follow(self, message: dict[str, Any]) -> list[list[Any]]:
-        if "load" in message:
+        if "text_model" in message:
             self._answering = None  # its memory is needed
+            self._rows.load(*message["text_model"])
+            return []
+        if "rows" in message:
+            self._rows.follow(message["rows"])
+            return []
+        if "load" in message:
+            self._answering = None
+            self._rows.unload()
             self._answering = self._load(*message["load"])
             return []
         assert self._answering is not None

@@ -82,7 +82,7 @@ def evaluate_benchmarks(
             "precision": settings.precision,
             "device": settings.device,
         },
-        versions=_versions(),
+        versions=benchmark_versions(),
         model_name=model[0],
         model={name: _result(benchmarks[name], score) for name, score in measured.items()},
         base_name=base[0] if base else None,
@@ -135,7 +135,7 @@ class _Measurement:
 
         score = _evaluate(task, leaf, AskedModel(ask, self.tokenizer), self.settings)
         store_task(self.store, key, score)
-        _remove_answers(answers)
+        remove_answers(answers)
         return score
 
     def _key(self, benchmark: Benchmark, leaf: str) -> TaskKey:
@@ -149,7 +149,7 @@ class _Measurement:
             chat=self.settings.chat,
             precision=self.dtype,
             device=self.settings.device,
-            program=" ".join(f"{name} {number}" for name, number in _versions().items()),
+            program=" ".join(f"{name} {number}" for name, number in benchmark_versions().items()),
         )
 
 
@@ -166,7 +166,7 @@ def _evaluate(task: Any, leaf: str, model: AskedModel, settings: TaskSettings) -
     return task_score(evaluated, leaf)
 
 
-def _remove_answers(folder: Path) -> None:
+def remove_answers(folder: Path) -> None:
     """A finished task's chunks; with the last ones their parent."""
     if folder.is_dir():
         remove_tree(folder)
@@ -174,7 +174,8 @@ def _remove_answers(folder: Path) -> None:
         remove_tree(folder.parent)
 
 
-def _versions() -> dict[str, str]:
+def benchmark_versions() -> dict[str, str]:
+    """Versions of what decides a benchmark's measurement."""
     return program_versions() | {"lm-eval": version("lm-eval")}
 
 
