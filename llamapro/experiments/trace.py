@@ -113,7 +113,7 @@ def _evaluation(config: TraceConfig, datasets: Mapping[str, Dataset]) -> Evaluat
     options = [word for name, path in texts.items() for word in ("--text", f"{name}={path}")]
     if texts:
         options += ["--sequences", str(chosen.sequences), "--sequence-length", str(config.sequence_length)]
-    benchmarks = [task.benchmark for task in config.tasks.values() if task.benchmark is not None]
+    benchmarks = list(dict.fromkeys(task.benchmark for task in config.tasks.values() if task.benchmark is not None))
     options += benchmark_options(benchmarks, chosen.limit, chosen.task_data)
     return Evaluation(tuple(options), [options, [dataset.fingerprint for dataset in datasets.values()]])
 
@@ -130,7 +130,7 @@ def _scores(config: TraceConfig, measured: Measured, *, of_base: bool = False) -
         else:
             assert measured.benchmarks is not None
             found = measured.benchmarks.base if of_base else measured.benchmarks.model
-            result = found[task.benchmark]
+            result = found[task.benchmark.partition(":")[0]]
             metric = result.metrics[result.metric]
             scores.append(metric.value if metric.higher_is_better else -metric.value)
     return scores

@@ -81,3 +81,17 @@ def test_a_change_of_a_later_task_keeps_nothing_that_depends_on_it(
     values["tasks"]["second"]["stage"] = "pretrain"
     assert experiment(tmp_path, values) == 0
     assert [said for said in commands.said if said.endswith(" 1")] == ["pretrain blocks 1", "pretrain sequential 1"]
+
+
+def test_benchmarks_are_scores_as_they_are(inputs: Path, tmp_path: Path, commands: Commands) -> None:
+    values = trace_values(inputs, tmp_path / "out", methods={"sequential": {"full": {}}})
+    values["tasks"]["first"]["benchmark"], values["tasks"]["second"]["benchmark"] = "arc_easy:5", "piqa"
+    values["evaluation"] = {"limit": 9}
+    commands.accuracies = [{"arc_easy": 0.75, "piqa": 0.5}, {"arc_easy": 0.5, "piqa": 1.0}]
+    assert experiment(tmp_path, values) == 0
+    found = orjson.loads((tmp_path / "out" / "trace.json").read_bytes())
+    assert found["base"] == [0.25, 0.25]
+    assert found["learned"][0]["scores"] == [[0.75, 0.5], [0.5, 1.0]]
+    assert found["rows"]["sequential"]["overall"]["mean"] == 0.75
+    assert found["rows"]["sequential"]["transfer"]["mean"] == (0.5 - 0.75) / 2
+    assert "benchmark" in found["score"]
