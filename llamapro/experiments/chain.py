@@ -119,16 +119,16 @@ class Chain:
 
     def make(self, *, keep: bool) -> None:
         """Train and measure what is not measured yet; whatever no later phase needs is removed unless kept."""
-        maker, before = self._place.maker, None
-        for link in self.links:
-            maker.make(link.measure or link.exported)
+        maker = self._place.maker
+        for number, link in enumerate(self.links):
+            if link.measure is None:
+                continue
+            maker.make(link.measure)
             if not keep:
-                discard(link.run.checkpoints)
-                if before is not None:
-                    discard(before.export)
-            before = link
-        if not keep and before is not None:
-            discard(before.export)
+                discard(*(earlier.run.checkpoints for earlier in self.links[: number + 1]))
+                discard(*(earlier.export for earlier in self.links[:number]))
+        if not keep:
+            discard(self.links[-1].export)
 
     @property
     def trainings(self) -> list[Training]:
@@ -148,23 +148,22 @@ class Chain:
     def _link(self, phase: Phase) -> Link:
         folder = self._place.folder / "runs" / self.method / f"seed-{self.seed}"
         name = f"{self.method}.{self.seed}.{phase.name}"
-        before = self.links[-1] if self.links else None
-        link_files = (RunFolder(folder / phase.name), folder / f"{phase.name}.training.json")
-        trained = self._train_step(phase, name, before, *link_files)
-        export, measured = folder / f"{phase.name}.model", folder / f"{phase.name}.measured.json"
-        command = llamapro_command("export", link_files[0].path, export, "--overwrite")
+        run, export = RunFolder(folder / phase.name), folder / f"{phase.name}.model"
+        training, measured = folder / f"{phase.name}.training.json", folder / f"{phase.name}.measured.json"
+        command = llamapro_command("export", run.path, export, "--overwrite")
         exported = Step(
             f"{name}.export",
             f"{self._called}: exporting after {phase.name}",
             outputs=(export,),
             inputs=[],
             work=lambda: run_command(command, {}),
-            after=(trained,),
+            after=(self._train_step(phase, name, run, training),),
         )
         measure = self._measure_step(phase, name, exported, export, measured)
-        return Link(*link_files, export, measured, exported, measure)
+        return Link(run, training, export, measured, exported, measure)
 
-    def _train_step(self, phase: Phase, name: str, before: Link | None, run: RunFolder, training: Path) -> Step:
+    def _train_step(self, phase: Phase, name: str, run: RunFolder, training: Path) -> Step:
+        before = self.links[-1] if self.links else None
         model = before.export if before else self._start()
         earlier = (before.exported,) if before else (self.expansion,) if self.expansion else ()
         config = self._configuration(phase, run.path, model)

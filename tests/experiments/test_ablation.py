@@ -190,6 +190,10 @@ def test_the_same_instruction_tuning_follows_on_the_base_and_on_what_was_pretrai
     assert on_blocks.model.path == tmp_path / "out" / "runs" / "blocks" / "seed-1" / "pretrain.model"
     assert (pretraining.model.trainable, on_blocks.model.trainable) == ("new", "all")
     assert on_base.schedule == on_blocks.schedule
+    assert list((tmp_path / "out").rglob("*.safetensors")) == []
+    commands.said.clear()
+    assert experiment(tmp_path, values) == 0
+    assert commands.said == []
 
 
 def test_missing_inputs_are_said_at_once_before_anything_runs(
