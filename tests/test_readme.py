@@ -133,5 +133,6 @@ def test_the_chain_of_commands_runs(tmp_path: Path) -> None:
         environment = environment_of(name, tmp_path)
         done = subprocess.run([*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    assert (tmp_path / "runs" / "law" / "report.html").is_file()
-    assert orjson.loads((tmp_path / "work" / "evaluation" / "results.json").read_bytes())["changes"]
+    run = tmp_path / "runs" / "law"
+    assert orjson.loads((run / "evaluation" / "results.json").read_bytes())["changes"]
+    assert "Retention: held-out text" in (run / "report.html").read_text()
