@@ -54,6 +54,19 @@ def test_value_and_gradient_are_those_of_plain_autograd(step: Step) -> None:
     torch.testing.assert_close(states.grad, plain.grad)
 
 
+def test_softmax_is_in_float32_where_states_are_in_bf16() -> None:
+    generator = torch.Generator().manual_seed(1)
+    states, base_states, weight = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 12), (40, 12), (31, 12))
+    )
+    total, _ = divergence(states.requires_grad_(), weight, None, base_states, torch.ones(40), Unchanged())
+    total.backward()
+    log_own, log_base = (torch.log_softmax(F.linear(x, weight).double(), -1) for x in (states.detach(), base_states))
+    torch.testing.assert_close(total.double(), (log_base.exp() * (log_base - log_own)).sum(), rtol=1e-5, atol=0)
+    gradient = ((log_own.exp() - log_base.exp()) @ weight.double()).bfloat16()
+    assert (states.grad - gradient).norm() <= 0.01 * gradient.norm()
+
+
 def test_no_more_rows_of_logits_are_in_memory_than_in_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two models' logits, so half as many rows at once."""
     monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 31 * 8)
