@@ -199,6 +199,8 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
     generate = [sys.executable, str(LAUNCH / "quickstart" / "generate.py")]
     generate += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     generate += [str(places.base), str(places.export)]
+    shown = ("--evaluation", places.evaluation, "--samples", places.samples)
+    report = llamapro_command("report", places.run, *shown)
     before, after = _evaluation_steps(places, machine, steps)
     return [
         before,
@@ -236,9 +238,9 @@ def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[S
             places.stamps,
             "writing the report",
             outputs=(places.run / "report.html",),
-            inputs=(),
-            work=lambda: run_command(llamapro_command("report", places.run), machine.environment),
-            after=("train",),
+            inputs=tuple(report[1:]),
+            work=lambda: run_command(report, machine.environment),
+            after=("train", "evaluate-after", "generate"),
         ),
     ]
 
