@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llamapro.expansion.depth import spelled_out
-from llamapro.expansion.families import Family, canonical_names, family_of, split_block_name
+from llamapro.expansion.families import Family, canonical_names, family_of, parse_block_index, split_block_name
 from llamapro.expansion.kinds import is_per_block
 from llamapro.expansion.lineage import added_blocks, generations
 from llamapro.expansion.plan import count_blocks
-from llamapro.expansion.record import ExpansionRecord, read_record
+from llamapro.expansion.record import ExpansionRecord, Trained, read_record
 from llamapro.expansion.source import read_config, refuse_other_weights
 from llamapro.files.tensors import TensorFolder
 
@@ -131,14 +131,23 @@ def _row(family: Family, record: ExpansionRecord | None, block: int, kind: str, 
         record.source_of(block) if block in record.new_blocks else None,
         kind,
         tuple(rest for index, rest in parsed if index == block),
-        any(block in trained.blocks for trained in (*(entry.trained for entry in record.lineage), record.trained)),
+        any(_trained_in(family, history, block) for history in _histories(record)),
         parameters,
     )
 
 
+def _histories(record: ExpansionRecord | None) -> list[Trained]:
+    """What was trained before each expansion, and since the last."""
+    return [] if record is None else [*(entry.trained for entry in record.lineage), record.trained]
+
+
+def _trained_in(family: Family, history: Trained, block: int) -> bool:
+    """Whether a block was trained, or something in it."""
+    return block in history.blocks or any(parse_block_index(family, name) == block for name in history.tensors)
+
+
 def _others(record: ExpansionRecord | None, sizes: Mapping[str, int]) -> tuple[OtherRow, ...]:
-    histories = [] if record is None else [*(entry.trained for entry in record.lineage), record.trained]
-    trained = {module_of(name) for history in histories for name in history.tensors}
+    trained = {module_of(name) for history in _histories(record) for name in history.tensors}
     rows = [OtherRow(name, _is_embedding(name), name in trained, size) for name, size in sizes.items()]
     if not any(map(_is_head, sizes)):
         rows.append(OtherRow("head (tied)", below=False, trained=False, parameters=0))

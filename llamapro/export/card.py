@@ -10,10 +10,12 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from llamapro.expansion.record import ExpansionRecord
+from llamapro.expansion.record import RECORD_NAME, ExpansionRecord
 from llamapro.expansion.source import hub_repository
 from llamapro.export.history import History, source_facts
 from llamapro.export.terms import Terms
+
+NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,19 @@ def _introduction(facts: CardFacts) -> str:
     )
 
 
+def _named(tensors: Sequence[str]) -> str:
+    """All of a few, or their number: adapters leave their mark on every linear of a block."""
+    if len(tensors) > NAMES_SHOWN:
+        return f"{len(tensors)}, listed in {RECORD_NAME}"
+    return ", ".join(tensors) or "none"
+
+
 def _recipe(facts: CardFacts) -> str:
     rows = [("optimizer steps", f"{facts.step:,}")]
     if facts.record is not None:
         trained = facts.record.trained
         rows += [("trained blocks", ", ".join(map(str, trained.blocks)) or "none")]
-        rows += [("trained tensors outside blocks", ", ".join(trained.tensors) or "none")]
+        rows += [("other trained tensors", _named(trained.tensors))]
     if facts.history is not None:
         if facts.history.tokens:
             rows.append(("tokens trained on", f"{facts.history.tokens:,}"))

@@ -52,9 +52,9 @@ def train(ranks: Ranks, setup: Setup, parts: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_training_is_the_same_within_rounding(tmp_path: Path, pool: WorkerPool, stage: int) -> None:
-    setup = Setup(str(save_tiny_llama(tmp_path, blocks=6)), stage)
+@pytest.mark.parametrize(("stage", "adapter_rank"), [(1, 0), (2, 0), (3, 0), (1, 4), (3, 4)])
+def test_training_is_the_same_within_rounding(tmp_path: Path, pool: WorkerPool, stage: int, adapter_rank: int) -> None:
+    setup = Setup(str(save_tiny_llama(tmp_path, blocks=6)), stage, adapter_rank=adapter_rank)
     reference = pool.run(train, setup, NOTHING, world_size=2)
     found = pool.run(train, setup, BLOCKS, world_size=2)
     for result, expected in zip(found, reference, strict=True):

@@ -14,7 +14,7 @@ from llamapro.config.root import RunConfig
 from llamapro.engine.engine import Engine, StepResult
 from llamapro.modeling.build import build_model
 from llamapro.modeling.model import LanguageModel
-from llamapro.modeling.trainable import TrainableSet
+from llamapro.modeling.trainable import Adapters, TrainableSet
 from llamapro.ranks import Ranks
 from tests.support.modeling import IGNORED, Rows, packed_rows
 
@@ -34,6 +34,7 @@ class Setup:
     Attributes:
         persist: stage 3 keeps parameters of up to this many elements whole on every rank.
         micro: rows per micro-batch.
+        adapter_rank: of adapters that learn instead of the blocks; 0: the blocks do.
     """
 
     folder: str
@@ -47,6 +48,14 @@ class Setup:
     offload: str = "none"
     betas: tuple[float, float] = (0.9, 0.95)
     overlay: dict[str, Any] = field(default_factory=dict)
+    adapter_rank: int = 0
+
+    @property
+    def trainable(self) -> TrainableSet:
+        """What learns."""
+        if self.adapter_rank:
+            return TrainableSet.of_adapters(self.blocks, Adapters(self.adapter_rank, 2.0 * self.adapter_rank))
+        return TrainableSet.of(self.blocks) if self.blocks else TrainableSet.all()
 
 
 def run_config(setup: Setup, scratch: Path) -> RunConfig:
@@ -79,7 +88,7 @@ def start_engine(ranks: Ranks, setup: Setup) -> tuple[Engine, LanguageModel]:
         Path(setup.folder),
         dtype=torch.float32 if setup.precision == "float32" else torch.bfloat16,
         device=ranks.device,
-        trainable=TrainableSet.of(setup.blocks) if setup.blocks else TrainableSet.all(),
+        trainable=setup.trainable,
         record=None,
         when_filled=Engine.partitioner(config, setup.stage),
     )

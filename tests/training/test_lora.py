@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llamapro.cli.main import main
+from llamapro.expansion.blocks import describe_blocks
 from llamapro.expansion.record import read_record
 from llamapro.ranks import Ranks
 from llamapro.training.loop import train
@@ -132,6 +133,7 @@ def test_an_expanded_models_record_says_what_was_merged(folder: Path, pool: Work
     assert set(after.trained.tensors) == linears & before.base_tensors.keys()
     assert linears <= after.trained.digests.keys()
     assert main(["verify", str(out), "--base", str(folder / "base")]) == 0
+    assert [row.trained for row in describe_blocks(out).blocks] == [True] * after.blocks
     untouched, found = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     assert {name for name in found if not torch.equal(found[name], untouched[name])} == linears
     damage(out / "model.safetensors", "model.layers.0.input_layernorm.weight")
