@@ -86,7 +86,7 @@ def _seen(run: Path) -> Iterator[Sample]:
 def _parts(text: str, parts: Sequence[tuple[str, bool]] | None) -> tuple[tuple[str, bool], ...]:
     """The beginning of a document; of a conversation, its first parts, long ones cut so that several are seen."""
     if parts is None:
-        return ((_cut(text, SHOWN_CHARACTERS), False),)
+        return ((_cut(text.strip(), SHOWN_CHARACTERS), False),)
     return tuple((_cut(part, SHOWN_CHARACTERS // 2), learned) for part, learned in parts[:SHOWN_PARTS])
 
 

@@ -37,6 +37,7 @@ class Curve:
 
 
 CURVES = (
+    Curve("replay_kl", "Divergence from the base on replayed text", "KL, nats per token", noisy=True),
     Curve("learning_rate", "Learning rate", "learning rate", noisy=False),
     Curve("gradient_norm", "Gradient norm before clipping", "norm", noisy=True),
     Curve("tokens_per_second_per_gpu", "Throughput", "tokens/s per process", noisy=True),

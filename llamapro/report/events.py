@@ -92,6 +92,10 @@ def _identity(line: Line) -> str:
     return f"max |Δlogit| {line['max_logit_difference']:g} against the model without its new blocks {blocks}"
 
 
+def _retention(line: Line) -> str:
+    return f"{line['set']} is {line['increase']:.2%} above the base, the bound is {line['bound']:.2%}: {line['action']}"
+
+
 _SENTENCES: dict[str, Callable[[Line], str]] = {
     "start": lambda line: "from the model folder",
     "resume": _resume,
@@ -102,4 +106,5 @@ _SENTENCES: dict[str, Callable[[Line], str]] = {
     "rollback": _rollback,
     "proof": proof_text,
     "identity": _identity,
+    "retention": _retention,
 }

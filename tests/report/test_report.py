@@ -17,6 +17,7 @@ from llamapro.evaluation.benchmarks.store import (
     write_benchmarks,
 )
 from llamapro.evaluation.results import Change, ModelResult, Results, SetResult, write_results
+from llamapro.report.collect import collect, read_run
 from llamapro.report.events import events_of
 from llamapro.report.facts import Sample, SampleGroup
 from llamapro.report.page import write_report
@@ -111,6 +112,13 @@ def test_every_colour_of_a_plot_can_be_changed_by_dark_mode(tiny: TinyRun) -> No
     assert set(re.findall(r"var\((--[a-z0-9-]+)\)", text)) <= defined
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
+
+
+def test_divergence_from_the_base_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    lines = [{**step_line(step), "replay_kl": 0.01 / step} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    (plot,) = [plot for plot in collect(read_run(tmp_path)).plots if plot.key == "replay_kl"]
+    assert plot.series == {"replay_kl": [(1.0, 0.01), (2.0, 0.005)]}
 
 
 def test_same_run_gives_the_same_page(tiny: TinyRun) -> None:
@@ -224,7 +232,8 @@ def test_save_and_its_proof_are_one_event_and_a_lone_proof_is_its_own() -> None:
     proof = {"event": "proof", "equal": 2, "total": 2, "text": "2 of 2 equal", "time": "2026-01-02T03:04:05+0000"}
     save = {"event": "save", "step": 1200, "seconds": 4.21, "stalled_seconds": 0.25, "time": "2026-01-02T03:04:06+0100"}
     resume = {"event": "resume", "step": 9, "checkpoint": "step-00000009", "changes": ["a is now b"]}
-    events = events_of([proof, resume, proof, save, save, {**proof, "equal": 1}, {"event": "new", "what": 1}])
+    drift = {"event": "retention", "step": 9, "set": "wiki", "increase": 0.0312, "bound": 0.02, "action": "stop"}
+    events = events_of([proof, resume, proof, save, save, {**proof, "equal": 1}, {"event": "new", "what": 1}, drift])
     told = "in 4.2 s; training stood still for 0.25 s of it"
     assert [(event.name, event.details) for event in events] == [
         ("proof", "2 of 2 equal"),
@@ -233,9 +242,10 @@ def test_save_and_its_proof_are_one_event_and_a_lone_proof_is_its_own() -> None:
         ("save", told),
         ("proof", "2 of 2 equal"),
         ("new", "what 1"),
+        ("retention", "wiki is 3.12% above the base, the bound is 2.00%: stop"),
     ]
     assert [event.time for event in events[:3]] == ["2026-01-02 03:04:05 UTC", "", "2026-01-02 03:04:06 +0100"]
-    assert [event.grave for event in events] == [False] * 4 + [True, False]
+    assert [event.grave for event in events] == [False] * 4 + [True, False, True]
     assert events[2].step == "1,200"
 
 
