@@ -3,7 +3,6 @@
 Streamed: memory stays constant. The output appears whole or not at all. No training code is imported.
 """
 
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from llamapro import console
 from llamapro.errors import UserError
+from llamapro.expansion.config import copy_companions
 from llamapro.expansion.record import CONFIG_NAME, ExpansionRecord, write_record
 from llamapro.expansion.source import CARD_NAME, companion_files, read_config, resolve_model
 from llamapro.expansion.strength import Strengths, described
@@ -142,15 +142,12 @@ def _write_files(
     strength: str,
 ) -> None:
     """Everything of the export that is no tensor: companions, record, config.json, card."""
-    companions = companion_files(trained.model)
-    for path in companions:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(trained.model / path, folder / path)
+    copy_companions(trained.model, folder)
     if record is not None:
         write_record(folder, record)
     config = read_config(trained.model)
     (folder / CONFIG_NAME).write_text(carried_config(config, record, dtype), encoding="utf-8")
-    facts = _card_facts(trained, record, config, tensors, terms_of(trained.model, companions))
+    facts = _card_facts(trained, record, config, tensors, terms_of(trained.model, companion_files(trained.model)))
     card = model_card(replace(facts, strength=strength))
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 

@@ -135,3 +135,14 @@ def test_data_licences_are_those_that_the_datasets_state(tmp_path: Path) -> None
     assert "| law | 80% of the tokens | CC-BY-4.0 |" in card
     assert "| wiki | 20% of the tokens | not recorded |" in card
     assert "Those of the training data are in the table above." in card
+
+
+def test_card_of_a_model_folder_goes_along_and_what_is_exported_generates_with_its_cache(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path)
+    (tiny.model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tiny.model / "generation_config.json").write_text('{"use_cache": false, "temperature": 0.5}')
+    export(tiny.folder, tmp_path / "out")
+    generation = orjson.loads((tmp_path / "out/generation_config.json").read_bytes())
+    assert generation == {"use_cache": True, "temperature": 0.5}
+    assert (tmp_path / "out/BASE_MODEL_CARD.md").read_bytes() == (tiny.model / "README.md").read_bytes()
+    assert ModelCard.load(tmp_path / "out/README.md").data.license == "mit"
