@@ -159,7 +159,8 @@ def test_compiled_blocks_give_the_same_gradients(base: Path) -> None:
             model(*ROWS).loss_sum.backward()
         found.append(gradients(model))
     for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-5), name
+        difference = float((gradient - found[1][name]).abs().max() / gradient.abs().max())
+        assert difference < 1e-4, (name, difference)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
