@@ -44,6 +44,12 @@ def run_once(folder: Path, pool: WorkerPool, run: str, *arguments: Any, world_si
     return folder / run
 
 
+def finished(folder: Path, pool: WorkerPool, stage: int, world_size: int) -> Path:
+    """A run of all adapters, made when a test first asks for it."""
+    run = folder / f"run-{stage}-{world_size}"
+    return run if run.exists() else run_once(folder, pool, run.name, world_size=world_size, engine=at_stage(stage))
+
+
 def export(run: Path, model: Path) -> Path:
     out = run.with_name(f"{run.name}-out")
     assert main(["export", str(run), str(out), "--model", str(model)]) == 0
@@ -71,7 +77,7 @@ def own_name(name: str) -> str:
 def test_stages_and_world_sizes_give_the_same_losses(folder: Path, pool: WorkerPool) -> None:
     found = {}
     for stage, world_size in [(1, 1), (1, 2), (2, 2), (3, 2)]:
-        run = run_once(folder, pool, f"run-{stage}-{world_size}", world_size=world_size, engine=at_stage(stage))
+        run = finished(folder, pool, stage, world_size)
         found[stage, world_size] = losses(read_metrics(run / "metrics.jsonl"))
     for other in found.values():
         assert other == pytest.approx(found[1, 1], rel=STAGE_TOLERANCE)
@@ -79,9 +85,15 @@ def test_stages_and_world_sizes_give_the_same_losses(folder: Path, pool: WorkerP
     assert all(values.any() for name, values in trained_weights(folder / "run-1-1").items() if "lora_B" in name)
 
 
-def test_the_export_is_what_peft_merges(folder: Path, pool: WorkerPool) -> None:
+@pytest.fixture(scope="module")
+def exported(folder: Path, pool: WorkerPool) -> tuple[Path, Path]:
+    """A run on the plain model, and its export."""
     run = run_once(folder, pool, "merged")
-    out = export(run, folder / "base")
+    return run, export(run, folder / "base")
+
+
+def test_the_export_is_what_peft_merges(folder: Path, exported: tuple[Path, Path]) -> None:
+    run, out = exported
     merged, found = by_peft(folder / "base", run).state_dict(), load_file(out / "model.safetensors")
     base = load_file(folder / "base" / "model.safetensors")
     assert found.keys() == base.keys() <= merged.keys()
@@ -91,11 +103,12 @@ def test_the_export_is_what_peft_merges(folder: Path, pool: WorkerPool) -> None:
     assert len(moved) == 7 * 4
 
 
-def test_the_exports_logits_are_those_of_the_run(folder: Path, pool: WorkerPool) -> None:
+def test_the_exports_logits_are_those_of_the_run(folder: Path, pool: WorkerPool, exported: tuple[Path, Path]) -> None:
     """Of a float32 model; the last validation of the run itself is scored again on what was exported."""
-    metrics = read_metrics(folder / "merged" / "metrics.jsonl")
+    run, out = exported
+    metrics = read_metrics(run / "metrics.jsonl")
     (last,) = [line for line in metrics if line.get("step") == 8 and "validation/law/loss" in line]
-    values = settings(folder, "rescored", model={"path": str(folder / "merged-out"), "trainable": "all"})
+    values = settings(folder, "rescored", model={"path": str(out), "trainable": "all"})
     values["schedule"] = {"steps": 1, "learning_rate": 1e-3}
     again = pool.run(run_training, values, world_size=1)[0]
     first = next(line for line in again if "validation/law/loss" in line)
@@ -108,7 +121,7 @@ def test_the_exports_logits_are_those_of_the_run(folder: Path, pool: WorkerPool)
     ("stage", "before", "after"), [(1, 1, 2), pytest.param(2, 2, 2, marks=pytest.mark.slow), (3, 2, 1)]
 )
 def test_stopped_and_continued(folder: Path, pool: WorkerPool, stage: int, before: int, after: int) -> None:
-    straight = folder / f"run-{stage}-{before if stage > 1 else 1}"
+    straight = finished(folder, pool, stage, before)
     stopped = f"stopped-{stage}"
     with pytest.raises(WorkerError, match="RetryLater"):
         run_once(folder, pool, stopped, 5, world_size=before, engine=at_stage(stage))
@@ -162,7 +175,8 @@ def test_weights_that_change_under_adapters_are_found(folder: Path, pool: Worker
     values = lora_settings(folder, "changed", engine=at_stage(2))
     with pytest.raises(WorkerError, match=r"38 of 39 base tensors equal the model folder; different: .*q_proj.weight"):
         pool.run(run_with_a_changed_weight, values, world_size=2)
-    (proof,) = [line for line in read_metrics(folder / "run-2-2" / "metrics.jsonl") if line.get("event") == "proof"][:1]
+    metrics = read_metrics(finished(folder, pool, 2, 2) / "metrics.jsonl")
+    proof = next(line for line in metrics if line.get("event") == "proof")
     assert proof["equal"] == proof["total"] == 39
 
 
@@ -177,7 +191,7 @@ def test_a_folder_that_is_not_the_trained_one_is_refused(
     folder: Path, pool: WorkerPool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny_llama(folder / "other", blocks=4, seed=1)
-    run = folder / "run-1-1"
+    run = finished(folder, pool, 1, 1)
     assert main(["export", str(run), str(folder / "wrong"), "--model", str(folder / "other")]) == 1
     assert "holds adapters for another model" in capsys.readouterr().err
 
