@@ -70,7 +70,7 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     wrong = ablation_values(
         budget_tokens=1000, seeds=[1, 1], launch={"processes": 2}, schedule={"steps": 5}, varients=1
     )
-    said = problems(tmp_path, ablation_values(budget_tokens=1000, **wrong))
+    said = problems(tmp_path, wrong)
     assert "5 problems" in said
     for part in (
         "give 1024",
