@@ -103,6 +103,8 @@ def _pretraining(
         "schedule": {**config.schedule.model_dump(), "steps": steps, "learning_rate": rate},
         "logging": {"every_steps": max(1, steps // 10)},
     }
+    if variant.objective is not None:
+        sections["objective"] = variant.objective.model_dump()
     return Phase("pretrain", "pretrain", sections, None, _fingerprints(datasets, "data."), evaluation)
 
 

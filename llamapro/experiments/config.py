@@ -13,6 +13,7 @@ from llamapro.config.batch import BatchConfig
 from llamapro.config.data import DataConfig
 from llamapro.config.engine import EngineConfig
 from llamapro.config.model import LoraConfig
+from llamapro.config.objective import ObjectiveConfig
 from llamapro.config.optimizer import OptimizerConfig
 from llamapro.config.rules import BROKEN_RULES
 from llamapro.config.schedule import ScheduleConfig
@@ -65,6 +66,9 @@ class VariantConfig(Section):
 
     learning_rate: Positive | None = None
     """Peak learning rate of this variant; null: schedule.learning_rate."""
+
+    objective: ObjectiveConfig | None = None
+    """What this variant minimizes besides the loss of the next token; only with expand, in an ablation."""
 
     @property
     def kinds(self) -> list[str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from llamapro.config.rules import BrokenRule
+from llamapro.config.rules import BrokenRule, unknown_name
 from llamapro.errors import UserError
 from llamapro.expansion.layout import BY_IMPORTANCE, parse_placement
 
@@ -29,6 +29,8 @@ def ablation_rules(config: AblationConfig) -> Iterator[BrokenRule]:
         if without:
             text = f"'new' needs new blocks, and {', '.join(without)} adds none; write all"
             yield BrokenRule("sft.trainable", text, ("sft.*", "variants.*"))
+    for name, variant in config.variants.items():
+        yield from _objective_fits(f"variants.{name}", variant, config.data.sources)
     yield from _texts_fit(config)
 
 
@@ -42,6 +44,9 @@ def trace_rules(config: TraceConfig) -> Iterator[BrokenRule]:
         if method.base is not None:
             text = "a method learns the tasks; the base's own scores are shown as row 0 of every matrix"
             yield BrokenRule(f"methods.{name}.base", text, ("methods.*",))
+        if method.objective is not None:
+            text = "a task has one source, and it is what is to be learned; leave it out"
+            yield BrokenRule(f"methods.{name}.objective", text, ("methods.*",))
     scored = {task.benchmark is not None for task in config.tasks.values()}
     if len(scored) > 1:
         text = "some have a benchmark and some none: a mean over accuracies and bits per byte says nothing"
@@ -97,6 +102,21 @@ def _expansion_fits(key: str, variant: VariantConfig) -> Iterator[BrokenRule]:
     if (placement == BY_IMPORTANCE) != (expand.probe is not None):
         text = "importance is measured on text: give probe with placement importance, and only with it"
         yield BrokenRule(f"{key}.probe", text, (f"{key}.*",))
+
+
+def _objective_fits(key: str, variant: VariantConfig, sources: Collection[str]) -> Iterator[BrokenRule]:
+    if variant.objective is None:
+        return
+    if variant.expand is None:
+        text = "is the divergence from a base within the model, and only expand has one there; leave it out"
+        yield BrokenRule(f"{key}.objective", text, (f"{key}.*",))
+    for name in variant.objective.sets:
+        if name not in sources:
+            text = unknown_name("source", name, sources)
+            yield BrokenRule(f"{key}.objective.sets", text, (f"{key}.*", "data.*"))
+    if variant.objective.replay_kl > 0 and not variant.objective.sets:
+        text = "applies to no source; name them in sets"
+        yield BrokenRule(f"{key}.objective.replay_kl", text, (f"{key}.*",))
 
 
 def _texts_fit(config: AblationConfig) -> Iterator[BrokenRule]:

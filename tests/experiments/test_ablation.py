@@ -63,6 +63,16 @@ def test_all_variants_of_a_seed_see_the_same_data_and_only_what_is_compared_diff
     assert full.model.path == inputs / "base"
 
 
+def test_a_variant_may_have_an_objective_of_its_own(inputs: Path, tmp_path: Path, commands: Commands) -> None:
+    expand = {"expand": {"new_blocks": 2}}
+    pulled = {**expand, "objective": {"replay_kl": 0.5, "sets": ["law"]}}
+    values = ablation_values(inputs, tmp_path / "out", seeds=[1], variants={"plain": expand, "pulled": pulled})
+    assert experiment(tmp_path, values) == 0
+    plain, own = (found.objective for found in commands.configurations)
+    assert (plain.replay_kl, plain.sets) == (0.0, ())
+    assert (own.replay_kl, own.sets) == (0.5, ("law",))
+
+
 def test_numbers_are_those_of_the_measurements(inputs: Path, tmp_path: Path, commands: Commands) -> None:
     assert experiment(tmp_path, ablation_values(inputs, tmp_path / "out")) == 0
     found = results(tmp_path)

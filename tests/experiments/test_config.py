@@ -15,7 +15,8 @@ from tests.support.source import ROOT
 
 RECIPES = ROOT / "launch" / "recipes"
 ABLATIONS = (
-    *("ablation-blocks", "ablation-placement", "compare-smollm2", "knowledge-encoding", "sweep-learning-rate"),
+    *("ablation-blocks", "ablation-placement", "compare-smollm2", "knowledge-encoding", "replay-smollm2"),
+    "sweep-learning-rate",
 )
 
 
@@ -98,6 +99,15 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
         ({"variants": {"a": {"lora": {"rank": 3}}}}, "variants.a.lora.alpha: is required"),
         ({"evaluation": {"domain": {"law": "law"}}}, "one domain text and one general text"),
         ({"evaluation": {"domain": {"law": "a"}, "general": {"law": "b"}}}, "evaluation.general.law"),
+        ({"variants": {"a": {"full": {}, "objective": {"replay_kl": 1.0, "sets": ["law"]}}}}, "only expand has one"),
+        (
+            {"variants": {"a": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 1.0, "sets": ["lwa"]}}}},
+            "did you mean law",
+        ),
+        (
+            {"variants": {"a": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 1.0}}}},
+            "variants.a.objective.replay_kl: applies to no source",
+        ),
         ({"seeds": []}, "seeds"),
         ({"variants": {}}, "variants"),
     ],
@@ -114,8 +124,9 @@ def test_a_sequence_refuses_mixed_scores_and_the_base_as_a_method(tmp_path: Path
         "sequence_length": 256,
         "batch": {"global_sequences": 4},
         "tasks": {"a": {"data": "a"}, "b": {"data": "b", "benchmark": "arc_easy"}},
-        "methods": {"nothing": {"base": {}}},
+        "methods": {"nothing": {"base": {}}, "kept": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 0.5}}},
     }
     said = problems(tmp_path, values, TraceConfig)
     assert "tasks: some have a benchmark" in said
     assert "methods.nothing.base" in said
+    assert "methods.kept.objective" in said
