@@ -1,6 +1,7 @@
 """The largest strength of the new blocks at which general text gets no worse than a bound allows.
 
-One half of each probe's rows decides, the other half, which had no part in it, says what to expect of other text.
+One half of each probe's rows decides, by the upper end of the increase's 95 % interval: were it the increase itself,
+text that had no part in the choice would be beyond the bound every other time. The other half says what to expect of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,8 +64,8 @@ class _Probes:
         return {name: relative_change(self._score(name, strength), base) for name, base in self._base.items()}
 
     def largest_increase(self, strength: float) -> float:
-        """Over all probes."""
-        return max(increase.value for increase in self.increases(strength).values())
+        """Over all probes, each at the upper end of its interval."""
+        return max(increase.value + (increase.half_width or 0) for increase in self.increases(strength).values())
 
     def _score(self, name: str, strength: float) -> TextScore:
         device = self._settings.device
@@ -75,7 +76,7 @@ class _Probes:
 def find_strength(
     folder: Path, record: ExpansionRecord, probes: Sequence[TextSet], settings: Settings, bound: float
 ) -> BoundedStrength:
-    """The largest strength at which no probe's loss is above that at strength 0 by more than the bound.
+    """The largest strength at which no probe's loss is above that at strength 0 by more than the bound, at 95 %.
 
     Args:
         folder: of a trained model; `record`: beside it.

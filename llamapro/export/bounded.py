@@ -28,7 +28,7 @@ def export_within_bound(
     """Export a run or checkpoint at the strength that `find_strength` finds; the disk must hold the model twice.
 
     Args:
-        bound: on the increase of each probe's loss, as a fraction of the base's.
+        bound: on the increase of each probe's loss, at the upper end of its 95 % interval, as a fraction of the base's.
 
     Raises:
         UserError: as `export`, or the model has no strengths.
@@ -56,8 +56,8 @@ def bound_text(found: BoundedStrength) -> str:
         for name, increase in found.measured.items()
     ]
     return (
-        f"the largest at which the loss on general text is at most {found.bound:.2%} above the base's; measured: "
-        + "; ".join(probes)
+        f"the largest at which the loss on general text is at most {found.bound:.2%} above the base's, with 95 % "
+        f"confidence; measured: {'; '.join(probes)}"
     )
 
 
