@@ -1,7 +1,8 @@
 """The largest strength of the new blocks at which general text gets no worse than a bound allows.
 
 One half of each probe's rows decides, by the upper end of the increase's 95 % interval: were it the increase itself,
-text that had no part in the choice would be beyond the bound every other time. The other half says what to expect of it.
+text that had no part in the choice would be beyond the bound every other time. The other half says what to expect of
+such text.
 """
 
 from collections.abc import Mapping, Sequence
