@@ -73,10 +73,10 @@ def _open(config: AblationConfig) -> dict[str, Dataset]:
     paths = {f"data.sources.{name}": source.path for name, source in config.data.sources.items()}
     if config.sft is not None:
         paths |= {f"sft.data.sources.{name}": source.path for name, source in config.sft.data.sources.items()}
-    paths |= {f"evaluation.domain.{name}": path for name, path in config.evaluation.domain.items()}
-    paths |= {f"evaluation.general.{name}": path for name, path in config.evaluation.general.items()}
+    measured = {f"evaluation.domain.{name}": path for name, path in config.evaluation.domain.items()}
+    measured |= {f"evaluation.general.{name}": path for name, path in config.evaluation.general.items()}
     findings = Findings()
-    datasets = open_inputs(config.base, paths, findings)
+    datasets = open_inputs(config.base, paths | measured, measured, findings)
     if findings.problems:
         raise ConfigError(findings.problems, "experiment")
     return datasets

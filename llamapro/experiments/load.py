@@ -1,6 +1,6 @@
 """An experiment's configuration from a file: all of it valid, and its base and datasets there, or every problem."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -30,8 +30,19 @@ def load_experiment(path: Path, root: type[Config]) -> Config:
     return config
 
 
-def open_inputs(base: Path, datasets: Mapping[str, Path], findings: Findings) -> dict[str, Dataset]:
-    """Open the datasets of an experiment, by dotted key; what is not there becomes a problem, also the base."""
+def open_inputs(
+    base: Path, datasets: Mapping[str, Path], measured: Collection[str], findings: Findings
+) -> dict[str, Dataset]:
+    """Open the datasets of an experiment, by dotted key; what is not there becomes a problem, also the base.
+
+    Args:
+        measured: the keys of those that models are measured on: they must have held-out text.
+    """
     findings.attempt("base", lambda: read_config(base))
     opened = {key: findings.attempt(key, partial(Dataset.open, path)) for key, path in datasets.items()}
-    return {key: dataset for key, dataset in opened.items() if dataset is not None}
+    found = {key: dataset for key, dataset in opened.items() if dataset is not None}
+    for key in measured:
+        if key in found and found[key].split("heldout").tokens == 0:
+            text = f"{datasets[key]} has no held-out documents; build it with `llamapro data build --heldout`"
+            findings.problem(key, text)
+    return found

@@ -76,9 +76,9 @@ def plan_chains(config: TraceConfig, place: Place, datasets: Mapping[str, Datase
 
 def _open(config: TraceConfig) -> dict[str, Dataset]:
     findings = Findings()
-    datasets = open_inputs(
-        config.base, {f"tasks.{name}.data": task.data for name, task in config.tasks.items()}, findings
-    )
+    paths = {f"tasks.{name}.data": task.data for name, task in config.tasks.items()}
+    measured = [f"tasks.{name}.data" for name, task in config.tasks.items() if task.benchmark is None]
+    datasets = open_inputs(config.base, paths, measured, findings)
     if findings.problems:
         raise ConfigError(findings.problems, "experiment")
     return datasets

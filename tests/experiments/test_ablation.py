@@ -10,6 +10,7 @@ import pytest
 from llamapro.cli.main import main
 from llamapro.errors import CheckFailed, RetryLater
 from tests.support.experiments import Commands, ablation_values, prepare, use, write_values
+from tests.support.texts import WIKI, write_text_dataset
 
 ONE_CHAIN = ["export", "evaluate"]
 
@@ -214,4 +215,15 @@ def test_missing_inputs_are_said_at_once_before_anything_runs(
     assert "4 problems" in said
     for key in ("base:", "data.sources.law:", "evaluation.domain.law:", "evaluation.general.wiki:"):
         assert key in said
+    assert commands.said == []
+
+
+def test_a_text_without_held_out_documents_is_refused_before_anything_is_trained(
+    inputs: Path, tmp_path: Path, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_text_dataset(tmp_path / "bare", inputs / "base", (), train=WIKI)
+    evaluation = {"domain": {"law": str(inputs / "law")}, "general": {"bare": str(tmp_path / "bare")}}
+    assert experiment(tmp_path, ablation_values(inputs, tmp_path / "out", evaluation=evaluation)) == 2
+    said = capsys.readouterr().err
+    assert "evaluation.general.bare" in said and "has no held-out documents" in said
     assert commands.said == []
