@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -170,6 +173,28 @@ def test_the_kernel_saw_no_other_order_than_the_rules_of_durability_allow(tmp_pa
                 seen.add(operation)
         rules.finish()
         assert rules.violations == [] and {"fsync", "rename", "write", "mkdir"} <= seen
+
+
+def test_a_call_that_another_threads_call_comes_between_is_seen_whole(tmp_path: Path) -> None:
+    """Opening a pipe's reading end waits for a writer, so here two calls always run at once."""
+    require_strace()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = traced(partial(open_both_ends, pipe), tmp_path / "log", threads=True)
+    assert done.code == 0 and "resumed>" in (tmp_path / "log").read_text()
+    opened = [call for call in done.calls if call.name == "openat" and str(pipe) in call.paths and call.result >= 0]
+    assert len(opened) == 2
+
+
+def open_both_ends(pipe: Path) -> None:
+    reader = threading.Thread(target=lambda: os.close(os.open(pipe, os.O_RDONLY)))
+    reader.start()
+    while True:
+        with suppress(OSError):  # nobody reads yet
+            os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            break
+        time.sleep(0.01)
+    reader.join()
 
 
 def as_operation(name: str) -> str:

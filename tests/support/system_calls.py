@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,8 @@ CHANGING = (
 REFUSED = 3
 """Exit code of a child whose work raised the error that was expected of it."""
 _CALL = re.compile(r"^\d+\s+(?P<name>\w+)\((?P<arguments>.*)\)\s+=\s+(?P<result>-?\d+)", re.MULTILINE)
+_UNFINISHED = " <unfinished ...>"
+_RESUMED = re.compile(r"^(?P<task>\d+)\s+<\.\.\. \w+ resumed>(?P<rest>.*)$")
 _PATH = re.compile(r'"((?:[^"\\]|\\.)*)"|<([^>]*)>')
 
 
@@ -105,13 +107,26 @@ def traced(
     tracer.communicate()
     os.close(reader)
     os.close(writer)
-    text = log.read_text(errors="replace")
-    lines = text if threads else "".join(f"0 {line}" for line in text.splitlines(keepends=True))
+    lines = log.read_text(errors="replace").splitlines()
+    text = "\n".join(_joined(lines) if threads else (f"0 {line}" for line in lines))
     found = tuple(
         Call(m["name"], tuple(a or b for a, b in _PATH.findall(m["arguments"]) if a or b), int(m["result"]))
-        for m in _CALL.finditer(lines)
+        for m in _CALL.finditer(text)
     )
     return Traced(os.waitstatus_to_exitcode(status), found)
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Whole calls, in the order of their returns: strace tears a call in two when another thread's comes between."""
+    begun: dict[str, str] = {}
+    for line in lines:
+        task = line.partition(" ")[0]
+        if line.endswith(_UNFINISHED):
+            begun[task] = line.removesuffix(_UNFINISHED)
+        elif resumed := _RESUMED.match(line):
+            yield begun.pop(task) + resumed["rest"]
+        else:
+            yield line
 
 
 def _serve(work: Callable[[], object], reader: int, expected: type[Exception] | tuple[type[Exception], ...]) -> None:
