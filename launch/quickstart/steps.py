@@ -13,7 +13,8 @@ from pathlib import Path
 import orjson
 
 from llamapro import console
-from llamapro.files.atomic import remove_leftovers, remove_tree, write_atomic
+from llamapro.experiments.steps import discard
+from llamapro.files.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def run_steps(steps: Sequence[Step]) -> None:
             continue
         console.info(head)
         if _text(begun) != digest:
-            _discard(step.outputs)
+            discard(*step.outputs)
         step.stamps.mkdir(parents=True, exist_ok=True)
         write_atomic(begun, digest)
         start = time.monotonic()
@@ -63,15 +64,6 @@ def run_steps(steps: Sequence[Step]) -> None:
 def _digest(step: Step, earlier: dict[str, str]) -> str:
     material = [step.name, *step.inputs, *(earlier[name] for name in step.after)]
     return hashlib.sha256(orjson.dumps(material)).hexdigest()
-
-
-def _discard(outputs: Sequence[Path]) -> None:
-    for output in outputs:
-        remove_leftovers(output)
-        if output.is_dir():
-            remove_tree(output)
-        else:
-            output.unlink(missing_ok=True)
 
 
 def _text(path: Path) -> str | None:

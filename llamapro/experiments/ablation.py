@@ -5,12 +5,13 @@ For a seed every variant sees the same rows in the same order: the order depends
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from llamapro.data.dataset import Dataset
-from llamapro.errors import CheckFailed, ConfigError
 from llamapro.evaluation.model_digest import model_digest
+from llamapro.evaluation.results import Results
 from llamapro.evaluation.stored import write_stored
 from llamapro.experiments.chain import Chain, Evaluation, Phase, Place, make_chains
 from llamapro.experiments.config import AblationConfig, EvaluationConfig, VariantConfig
@@ -19,7 +20,6 @@ from llamapro.experiments.load import open_inputs
 from llamapro.experiments.pages import write_ablation_page
 from llamapro.experiments.results import AblationResults, Row, Trial, spread
 from llamapro.files.lock import RunLock
-from llamapro.training.findings import Findings
 
 RESULTS_NAME = "ablation.json"
 
@@ -37,25 +37,7 @@ def run_ablation(config: AblationConfig) -> AblationResults:
     with RunLock(config.folder):
         place = Place(config.folder, config.base, model_digest(config.base), config.launch)
         chains = plan_chains(config, place, datasets)
-        trials: list[Trial] = []
-        versions: dict[str, str] = {}
-
-        def publish(failed: Mapping[str, str]) -> AblationResults:
-            results = _results(config, versions, trials, failed)
-            write_stored(config.folder / RESULTS_NAME, results)
-            write_ablation_page(config.folder, results)
-            return results
-
-        def done(chain: Chain) -> None:
-            trials.append(_trial(config.evaluation, chain))
-            texts = chain.measurements[-1].texts
-            versions.update(texts.versions if texts else {})
-            publish({})
-
-        failed = make_chains(chains, keep=config.keep, done=done)
-        if not trials:
-            raise CheckFailed("everything failed:\n" + "\n".join(failed.values()))
-        return publish(failed)
+        return make_chains(chains, keep=config.keep, publish=partial(_publish, config))
 
 
 def plan_chains(config: AblationConfig, place: Place, datasets: Mapping[str, Dataset]) -> list[Chain]:
@@ -75,11 +57,7 @@ def _open(config: AblationConfig) -> dict[str, Dataset]:
         paths |= {f"sft.data.sources.{name}": source.path for name, source in config.sft.data.sources.items()}
     measured = {f"evaluation.domain.{name}": path for name, path in config.evaluation.domain.items()}
     measured |= {f"evaluation.general.{name}": path for name, path in config.evaluation.general.items()}
-    findings = Findings()
-    datasets = open_inputs(config.base, paths | measured, measured, findings)
-    if findings.problems:
-        raise ConfigError(findings.problems, "experiment")
-    return datasets
+    return open_inputs(config.base, paths | measured, measured)
 
 
 def _phases(
@@ -132,33 +110,41 @@ def _evaluation(config: AblationConfig, datasets: Mapping[str, Dataset]) -> Eval
 
 
 def _trial(evaluation: EvaluationConfig, chain: Chain) -> Trial:
-    measured = chain.measurements[-1]
-    assert measured.texts is not None
-    changes = measured.texts.changes
+    changes, benchmarks = _texts(chain).changes, chain.measurements[-1].benchmarks
     return Trial(
         variant=chain.method,
         seed=chain.seed,
         domain=fmean(changes[name].fraction for name in evaluation.domain),
         general=fmean(changes[name].fraction for name in evaluation.general),
         texts=changes,
-        benchmarks={name: one.difference for name, one in measured.benchmarks.changes.items()}
-        if measured.benchmarks
-        else {},
+        benchmarks={name: one.difference for name, one in benchmarks.changes.items()} if benchmarks else {},
         training=chain.trainings,
     )
 
 
-def _results(
-    config: AblationConfig, versions: dict[str, str], trials: Sequence[Trial], failed: Mapping[str, str]
-) -> AblationResults:
+def _texts(chain: Chain) -> Results:
+    texts = chain.measurements[-1].texts
+    assert texts is not None, "an ablation measures at least two texts"
+    return texts
+
+
+def _publish(config: AblationConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> AblationResults:
+    results = _results(config, made, failed)
+    write_stored(config.folder / RESULTS_NAME, results)
+    write_ablation_page(config.folder, results)
+    return results
+
+
+def _results(config: AblationConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> AblationResults:
+    trials = [_trial(config.evaluation, chain) for chain in made]
     by_variant = {name: [trial for trial in trials if trial.variant == name] for name in config.variants}
     return AblationResults(
         date=time.strftime("%Y-%m-%d"),
         settings=config.model_dump(mode="json"),
-        versions=versions,
+        versions=_texts(made[-1]).versions,
         environment=trials[0].training[0].environment,
         rows={name: _row(found) for name, found in by_variant.items() if found},
-        trials=list(trials),
+        trials=trials,
         failed=dict(failed),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -28,6 +28,8 @@ from llamapro.experiments.steps import Maker, Step, discard
 from llamapro.files.atomic import write_atomic
 from llamapro.run_folder import RunFolder
 from llamapro.training.model_facts import Stage
+
+Published = TypeVar("Published")
 
 
 class Measured(Stored):
@@ -283,18 +285,23 @@ def launch_environment() -> dict[str, str]:
     return {} if cuda_possible() else {"DS_ACCELERATOR": "cpu"}
 
 
-def make_chains(chains: Sequence[Chain], *, keep: bool, done: Callable[[Chain], None]) -> dict[str, str]:
+def make_chains(
+    chains: Sequence[Chain], *, keep: bool, publish: Callable[[Sequence[Chain], Mapping[str, str]], Published]
+) -> Published:
     """Make every chain; one that fails is named, with the reason, and the others go on.
 
     Args:
-        done: called after each chain that succeeded.
+        publish: writes what the chains made so far came to, and what failed: "method, seed" and why, which is said at
+            the end only. Called after each chain that succeeded.
 
     Returns:
-        What failed: "method, seed" and why.
+        What was published last.
 
     Raises:
+        CheckFailed: every chain failed.
         RetryLater: interrupted; the same call continues.
     """
+    made: list[Chain] = []
     failed: dict[str, str] = {}
     for number, chain in enumerate(chains):
         called = f"{chain.method}, seed {chain.seed}"
@@ -305,8 +312,11 @@ def make_chains(chains: Sequence[Chain], *, keep: bool, done: Callable[[Chain], 
             failed[called] = str(error)
             console.warning(f"{called} failed; the others go on: {error}")
         else:
-            done(chain)
+            made.append(chain)
+            publish(made, {})
         later = {other.expansion.name for other in chains[number + 1 :] if other.expansion}
         if chain.expansion is not None and not keep and chain.expansion.name not in later:
             discard(*chain.expansion.outputs)
-    return failed
+    if not made:
+        raise CheckFailed("everything failed:\n" + "\n".join(failed.values()))
+    return publish(made, failed)

@@ -30,14 +30,16 @@ def load_experiment(path: Path, root: type[Config]) -> Config:
     return config
 
 
-def open_inputs(
-    base: Path, datasets: Mapping[str, Path], measured: Collection[str], findings: Findings
-) -> dict[str, Dataset]:
-    """Open the datasets of an experiment, by dotted key; what is not there becomes a problem, also the base.
+def open_inputs(base: Path, datasets: Mapping[str, Path], measured: Collection[str]) -> dict[str, Dataset]:
+    """Open the datasets of an experiment, by dotted key.
 
     Args:
         measured: the keys of those that models are measured on: they must have held-out text.
+
+    Raises:
+        ConfigError: what is not there or can't be used, also the base; all of it at once.
     """
+    findings = Findings()
     findings.attempt("base", lambda: read_config(base))
     opened = {key: findings.attempt(key, partial(Dataset.open, path)) for key, path in datasets.items()}
     found = {key: dataset for key, dataset in opened.items() if dataset is not None}
@@ -45,4 +47,6 @@ def open_inputs(
         if key in found and found[key].split("heldout").tokens == 0:
             text = f"{datasets[key]} has no held-out documents; build it with `llamapro data build --heldout`"
             findings.problem(key, text)
+    if findings.problems:
+        raise ConfigError(findings.problems, "experiment")
     return found

@@ -6,11 +6,11 @@ low-rank adapters are merged before new ones begin. Only the optimizer and the s
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from llamapro.data.dataset import Dataset
-from llamapro.errors import CheckFailed, ConfigError
 from llamapro.evaluation.continual import backward_transfer, overall_performance
 from llamapro.evaluation.model_digest import model_digest
 from llamapro.evaluation.stored import write_stored
@@ -22,7 +22,6 @@ from llamapro.experiments.pages import write_trace_page
 from llamapro.experiments.results import Learned, MethodRow, TraceResults, spread
 from llamapro.experiments.trace_config import TraceConfig
 from llamapro.files.lock import RunLock
-from llamapro.training.findings import Findings
 
 RESULTS_NAME = "trace.json"
 TEXT_SCORE = "minus the bits per byte of the task's held-out text"
@@ -42,22 +41,7 @@ def run_trace(config: TraceConfig) -> TraceResults:
     with RunLock(config.folder):
         place = Place(config.folder, config.base, model_digest(config.base), config.launch)
         chains = plan_chains(config, place, datasets)
-        made: list[Chain] = []
-
-        def publish(failed: Mapping[str, str]) -> TraceResults:
-            results = _results(config, made, failed)
-            write_stored(config.folder / RESULTS_NAME, results)
-            write_trace_page(config.folder, results)
-            return results
-
-        def done(chain: Chain) -> None:
-            made.append(chain)
-            publish({})
-
-        failed = make_chains(chains, keep=config.keep, done=done)
-        if not made:
-            raise CheckFailed("everything failed:\n" + "\n".join(failed.values()))
-        return publish(failed)
+        return make_chains(chains, keep=config.keep, publish=partial(_publish, config))
 
 
 def plan_chains(config: TraceConfig, place: Place, datasets: Mapping[str, Dataset]) -> list[Chain]:
@@ -75,13 +59,9 @@ def plan_chains(config: TraceConfig, place: Place, datasets: Mapping[str, Datase
 
 
 def _open(config: TraceConfig) -> dict[str, Dataset]:
-    findings = Findings()
     paths = {f"tasks.{name}.data": task.data for name, task in config.tasks.items()}
     measured = [f"tasks.{name}.data" for name, task in config.tasks.items() if task.benchmark is None]
-    datasets = open_inputs(config.base, paths, measured, findings)
-    if findings.problems:
-        raise ConfigError(findings.problems, "experiment")
-    return datasets
+    return open_inputs(config.base, paths, measured)
 
 
 def _phase(
@@ -146,6 +126,13 @@ def _learned(config: TraceConfig, chain: Chain) -> Learned:
         transfer=backward_transfer(scores),
         training=chain.trainings,
     )
+
+
+def _publish(config: TraceConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> TraceResults:
+    results = _results(config, made, failed)
+    write_stored(config.folder / RESULTS_NAME, results)
+    write_trace_page(config.folder, results)
+    return results
 
 
 def _results(config: TraceConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> TraceResults:

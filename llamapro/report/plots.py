@@ -51,6 +51,21 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
+# Of pictures that stand alone, outside a page.
+ON_WHITE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "grid.color": GRID,
+    "legend.frameon": False,
+}
+
 Series = Sequence[tuple[float, float]]
 
 

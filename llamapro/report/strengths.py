@@ -7,22 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llamapro.evaluation.strength import StrengthCurve
-from llamapro.report.plots import GRID, INK, LINES, to_svg
+from llamapro.report.plots import INK, LINES, ON_WHITE, to_svg
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "strengths",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": GRID,
-    "grid.color": GRID,
-    "legend.frameon": False,
-}
+_STYLE: dict[Any, Any] = {**ON_WHITE, "svg.hashsalt": "strengths"}
 
 
 def draw_strengths(curve: StrengthCurve) -> str:

@@ -9,20 +9,10 @@ import pytest
 
 from llamapro.cli.main import main
 from llamapro.errors import CheckFailed, RetryLater
-from tests.support.experiments import Commands, ablation_values, prepare, use, write_values
+from tests.support.experiments import Commands, ablation_values, write_values
 from tests.support.texts import WIKI, write_text_dataset
 
 ONE_CHAIN = ["export", "evaluate"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
-    return use(monkeypatch)
 
 
 def experiment(folder: Path, values: dict[str, Any]) -> int:

@@ -8,17 +8,7 @@ import orjson
 import pytest
 
 from llamapro.cli.main import main
-from tests.support.experiments import Commands, prepare, trace_values, use, write_values
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
-    return use(monkeypatch)
+from tests.support.experiments import Commands, trace_values, write_values
 
 
 def experiment(folder: Path, values: dict[str, Any]) -> int:
