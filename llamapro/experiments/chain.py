@@ -152,12 +152,14 @@ class Chain:
         name = f"{self.method}.{self.seed}.{phase.name}"
         run, export = RunFolder(folder / phase.name), folder / f"{phase.name}.model"
         training, measured = folder / f"{phase.name}.training.json", folder / f"{phase.name}.measured.json"
-        command = llamapro_command("export", run.path, export, "--overwrite")
+        strength = self._variant.strength
+        options = () if strength is None else ("--strength", str(strength))
+        command = llamapro_command("export", run.path, export, "--overwrite", *options)
         exported = Step(
             f"{name}.export",
             f"{self._called}: exporting after {phase.name}",
             outputs=(export,),
-            inputs=[],
+            inputs=[strength],
             work=lambda: run_command(command, {}),
             after=(self._train_step(phase, name, run, training),),
         )

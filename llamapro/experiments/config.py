@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict, model_validator
 from pydantic_core import PydanticCustomError
 
-from llamapro.config.base import Count, FilePath, Name, Positive, Section
+from llamapro.config.base import Count, FilePath, Fraction, Name, Positive, Section
 from llamapro.config.batch import BatchConfig
 from llamapro.config.data import DataConfig
 from llamapro.config.engine import EngineConfig
@@ -69,6 +69,9 @@ class VariantConfig(Section):
 
     objective: ObjectiveConfig | None = None
     """What this variant minimizes besides the loss of the next token; only with expand, in an ablation."""
+
+    strength: Fraction | None = None
+    """How much of what the new blocks learned is kept: 1 as trained, 0 the base; only with expand, in an ablation."""
 
     @property
     def kinds(self) -> list[str]:

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from llamapro.experiments.results import AblationResults, Row, TraceResults
 from llamapro.report.plots import INK, LINES, ON_WHITE, to_svg
 
+# After as many variants as there are colours, the colours come again with the next of these.
+MARKERS = ("o", "s", "^")
 _STYLE: dict[Any, Any] = {**ON_WHITE, "svg.hashsalt": "experiment"}
 
 
@@ -21,11 +23,11 @@ def draw_ablation(results: AblationResults) -> str:
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axes = figure.add_subplot()
         for number, (name, row) in enumerate(results.rows.items()):
-            color = LINES[number % len(LINES)]
+            color, marker = LINES[number % len(LINES)], MARKERS[number // len(LINES) % len(MARKERS)]
             for trial in results.trials:
                 if trial.variant == name:
                     axes.plot(100 * trial.general, 100 * trial.domain, ".", color=color, markersize=4, alpha=0.6)
-            _draw_mean(axes, name, row, color)
+            _draw_mean(axes, name, row, color, marker)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xlabel("change of loss on general text, %")
@@ -35,7 +37,7 @@ def draw_ablation(results: AblationResults) -> str:
         return to_svg(figure, transparent=False)
 
 
-def _draw_mean(axes: Axes, name: str, row: Row, color: str) -> None:
+def _draw_mean(axes: Axes, name: str, row: Row, color: str, marker: str) -> None:
     axes.errorbar(
         100 * row.general.mean,
         100 * row.domain.mean,
@@ -43,7 +45,7 @@ def _draw_mean(axes: Axes, name: str, row: Row, color: str) -> None:
         yerr=100 * (row.domain.deviation or 0.0),
         label=name,
         color=color,
-        marker="o",
+        marker=marker,
         markersize=7,
         elinewidth=0.8,
         linestyle="none",

@@ -31,6 +31,7 @@ def ablation_rules(config: AblationConfig) -> Iterator[BrokenRule]:
             yield BrokenRule("sft.trainable", text, ("sft.*", "variants.*"))
     for name, variant in config.variants.items():
         yield from _objective_fits(f"variants.{name}", variant, config.data.sources)
+        yield from _strength_fits(f"variants.{name}.strength", variant, config)
     yield from _texts_fit(config)
 
 
@@ -47,6 +48,9 @@ def trace_rules(config: TraceConfig) -> Iterator[BrokenRule]:
         if method.objective is not None:
             text = "a task has one source, and it is what is to be learned; leave it out"
             yield BrokenRule(f"methods.{name}.objective", text, ("methods.*",))
+        if method.strength is not None:
+            text = "would weaken the blocks again after each task; leave it out"
+            yield BrokenRule(f"methods.{name}.strength", text, ("methods.*",))
     scored = {task.benchmark is not None for task in config.tasks.values()}
     if len(scored) > 1:
         text = "some have a benchmark and some none: a mean over accuracies and bits per byte says nothing"
@@ -117,6 +121,17 @@ def _objective_fits(key: str, variant: VariantConfig, sources: Collection[str]) 
     if variant.objective.replay_kl > 0 and not variant.objective.sets:
         text = "applies to no source; name them in sets"
         yield BrokenRule(f"{key}.objective.replay_kl", text, (f"{key}.*",))
+
+
+def _strength_fits(key: str, variant: VariantConfig, config: AblationConfig) -> Iterator[BrokenRule]:
+    if variant.strength is None:
+        return
+    if variant.expand is None:
+        text = "is how much of the new blocks is kept, and only expand adds some; leave it out"
+        yield BrokenRule(key, text, ("variants.*",))
+    if config.sft is not None:
+        text = "would weaken the blocks before the instruction tuning and after it; leave out one of the two"
+        yield BrokenRule(key, text, ("variants.*", "sft.*"))
 
 
 def _texts_fit(config: AblationConfig) -> Iterator[BrokenRule]:

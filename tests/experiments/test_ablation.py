@@ -64,6 +64,21 @@ def test_a_variant_may_have_an_objective_of_its_own(inputs: Path, tmp_path: Path
     assert (own.replay_kl, own.sets) == (0.5, ("law",))
 
 
+def test_strength_leads_from_the_base_to_what_was_trained(inputs: Path, tmp_path: Path, commands: Commands) -> None:
+    """The noise of the pretended training is the same for all, so only the strength differs."""
+    expand = {"expand": {"new_blocks": 2}}
+    kept = {f"kept-{percent}": {**expand, "strength": percent / 100} for percent in (0, 50, 100)}
+    values = ablation_values(inputs, tmp_path / "out", seeds=[1], keep=True, variants={"trained": expand, **kept})
+    assert experiment(tmp_path, values) == 0
+    changes = {name: row["domain"]["mean"] for name, row in results(tmp_path)["rows"].items()}
+    assert changes["kept-0"] == 0
+    assert changes["kept-100"] == changes["trained"] != 0
+    assert changes["kept-50"] not in (0, changes["trained"])
+    assert experiment(tmp_path, values | {"variants": {"trained": {**expand, "strength": 0}}}) == 0
+    assert commands.said[-2:] == ["export", "evaluate"], "another strength needs no other training"
+    assert results(tmp_path)["rows"]["trained"]["domain"]["mean"] == 0
+
+
 def test_numbers_are_those_of_the_measurements(inputs: Path, tmp_path: Path, commands: Commands) -> None:
     assert experiment(tmp_path, ablation_values(inputs, tmp_path / "out")) == 0
     found = results(tmp_path)

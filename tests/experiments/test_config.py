@@ -15,8 +15,8 @@ from tests.support.source import ROOT
 
 RECIPES = ROOT / "launch" / "recipes"
 ABLATIONS = (
-    *("ablation-blocks", "ablation-placement", "compare-smollm2", "knowledge-encoding", "replay-smollm2"),
-    "sweep-learning-rate",
+    *("ablation-blocks", "ablation-placement", "compare-smollm2", "frontier-smollm2", "knowledge-encoding"),
+    *("replay-smollm2", "sweep-learning-rate"),
 )
 
 
@@ -108,6 +108,15 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
             {"variants": {"a": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 1.0}}}},
             "variants.a.objective.replay_kl: applies to no source",
         ),
+        ({"variants": {"a": {"full": {}, "strength": 0.5}}}, "variants.a.strength: is how much of the new blocks"),
+        ({"variants": {"a": {"expand": {"new_blocks": 2}, "strength": 1.5}}}, "variants.a.strength"),
+        (
+            {
+                "variants": {"a": {"expand": {"new_blocks": 2}, "strength": 0.5}},
+                "sft": {"data": {"sequence_length": 64, "sources": {"chats": {"path": "chats", "weight": 1.0}}}},
+            },
+            "before the instruction tuning and after it",
+        ),
         ({"seeds": []}, "seeds"),
         ({"variants": {}}, "variants"),
     ],
@@ -126,7 +135,9 @@ def test_a_sequence_refuses_mixed_scores_and_the_base_as_a_method(tmp_path: Path
         "tasks": {"a": {"data": "a"}, "b": {"data": "b", "benchmark": "arc_easy"}},
         "methods": {"nothing": {"base": {}}, "kept": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 0.5}}},
     }
+    values["methods"]["weak"] = {"expand": {"new_blocks": 2}, "strength": 0.5}
     said = problems(tmp_path, values, TraceConfig)
     assert "tasks: some have a benchmark" in said
     assert "methods.nothing.base" in said
     assert "methods.kept.objective" in said
+    assert "methods.weak.strength" in said

@@ -25,7 +25,9 @@ from llamapro.evaluation.results import (
 from llamapro.evaluation.stored import write_stored
 from llamapro.evaluation.strength import STRENGTHS_NAME, StrengthCurve, StrengthPoint
 from llamapro.report.evaluation import write_evaluation_page
+from tests.report.test_looks import NARROW, WIDE, color, near
 from tests.report.test_report import Page
+from tests.support.browser import Browser
 
 MODEL, BASE = "runs/<law>", "base"
 
@@ -136,3 +138,17 @@ def test_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / STRENGTHS_NAME).write_text("{torn")
     with pytest.raises(Corrupted, match=STRENGTHS_NAME):
         write_evaluation_page(tmp_path, MODEL)
+
+
+def test_browser_draws_it_in_both_themes_within_the_window_and_on_paper(tmp_path: Path) -> None:
+    browser = Browser.find(tmp_path)
+    write_all(tmp_path)
+    page = write_evaluation_page(tmp_path, MODEL)
+    for dark in (False, True):
+        pixels = browser.screenshot(page, WIDE, 1800, dark=dark)
+        assert near(pixels, color(page, "paper", dark=dark)) > 0.5 * pixels.shape[0] * pixels.shape[1]
+        for drawn in ("ink", "better", "worse", "line-1", "line-2"):
+            assert near(pixels, color(page, drawn, dark=dark)) > 20, (drawn, dark)
+    shown, window = browser.widths(page, NARROW)
+    assert shown <= window
+    assert browser.paper_pages(page) >= 1

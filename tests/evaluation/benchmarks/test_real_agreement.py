@@ -29,7 +29,7 @@ from llamapro.ranks import Ranks
 from tests.support.plain_scoring import PlainScoring, Question, is_right, is_right_per_character
 
 pytestmark = pytest.mark.slow
-ITEMS = 14
+ITEMS = 40
 LOG_LIKELIHOOD_ERROR = 1e-3
 MBPP = "mbpp_bits_per_byte"
 CHOICES = ("arc_easy", "hellaswag", "piqa")
