@@ -19,11 +19,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from llamapro.errors import EXIT_RETRY
+from llamapro.training.startup_signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from llamapro.training.peers import Peers
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEAT_SECONDS = 5.0
 """A launcher may send several signals for one key press: a second one counts this long after the first."""
 POLL_SECONDS = 0.5

@@ -1,24 +1,51 @@
-"""Stop signals before there is anything to save: while torch and DeepSpeed are being imported.
+"""Stop signals before there is anything to save: while torch is imported, while the other ranks are waited for.
 
 Unhandled they would end the process with a code that says "don't start again", and a job that is preempted in its first
-seconds would be lost. Imports nothing that takes long.
+seconds would be lost. A thread reads them, because the main thread runs no handler as long as it waits in a library.
+Imports nothing that takes long.
 """
 
 import os
 import signal
+import threading
+from collections.abc import Collection
 from types import FrameType
 
 from llamapro.errors import EXIT_RETRY
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 def retry_on_stop_signals() -> None:
-    """From now on SIGTERM and SIGUSR1 end this process with 75, until `watch_signals` takes over."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end)
+    """From now on stop signals end this process with 75, until `watch_signals` takes over.
+
+    To be called on the main thread. Signals that the process ignores (nohup) stay ignored.
+    """
+    watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in watched:
+        signal.signal(number, _do_nothing)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A forked child has the same pipe; what is sent to it must not end this process.
+    os.register_at_fork(after_in_child=lambda: _forget(watched))
+    threading.Thread(target=_end_when_told, args=(reader, watched), name="startup signals", daemon=True).start()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    os.write(2, f"{name} before the run began; ending with 75: the same command starts it\n".encode())
-    os._exit(EXIT_RETRY)
+def _end_when_told(reader: int, watched: Collection[int]) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in watched:
+                name = signal.Signals(number).name
+                os.write(2, f"{name} before the run began; ending with 75: the same command starts it\n".encode())
+                os._exit(EXIT_RETRY)
+
+
+def _forget(watched: Collection[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in watched:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """A handler must exist for the interpreter to write the signal's number to the wake-up pipe."""

@@ -39,7 +39,7 @@ class Job:
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
         }
         command = [sys.executable, "-m", "tests.support.faulty_front", "--config", str(config)]
@@ -121,7 +121,8 @@ def processes_of(text: str) -> list[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nothing listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -4,16 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llamapro.errors import EXIT_RETRY
+from llamapro.training.startup_signals import STOP_SIGNALS
+from tests.support.jobs import free_port
 from tests.support.source import ROOT
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_while_torch_is_imported_asks_to_be_started_again(
     tmp_path: Path, stage: str, number: signal.Signals
 ) -> None:
@@ -40,5 +43,45 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "retry_on_stop_signals()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", body], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_while_the_other_ranks_are_waited_for_asks_to_be_started_again(number: signal.Signals) -> None:
+    """The main thread is inside the library then, for as long as another node takes to come."""
+    body = (
+        "from llamapro.training.startup_signals import retry_on_stop_signals\n"
+        "retry_on_stop_signals()\n"
+        "import torch.distributed\n"
+        "print('waiting', flush=True)\n"
+        f"where = 'tcp://127.0.0.1:{free_port()}'\n"
+        "torch.distributed.init_process_group('gloo', init_method=where, rank=0, world_size=2)\n"
+    )
+    command = [sys.executable, "-c", body]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "waiting\n"
+        time.sleep(1)  # until it waits indeed; a signal before that is taken as well
+        program.send_signal(number)
+        try:
+            _, said = program.communicate(timeout=10)
+        finally:
+            program.kill()
+    assert program.returncode == EXIT_RETRY
+    assert f"{number.name} before the run began" in said
+
+
+def test_a_signal_to_a_forked_child_ends_the_child_alone() -> None:
+    body = (
+        "import os, signal, time\n"
+        "from llamapro.training.startup_signals import retry_on_stop_signals\n"
+        "retry_on_stop_signals()\n"
+        "child = os.fork()\n"
+        "time.sleep(30 if child == 0 else 0.5)\n"
+        "os.kill(child, signal.SIGTERM)\n"
+        "_, status = os.waitpid(child, 0)\n"
+        "time.sleep(0.5)\n"
+        "assert os.WTERMSIG(status) == signal.SIGTERM\n"
     )
     assert subprocess.run([sys.executable, "-c", body], cwd=ROOT).returncode == 0
