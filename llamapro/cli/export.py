@@ -21,7 +21,7 @@ from llamapro.cli.texts import (
 )
 from llamapro.errors import UserError
 from llamapro.evaluation.measure import Settings
-from llamapro.evaluation.strength_bound import BoundedStrength
+from llamapro.evaluation.strength_bound import LEAST_ROWS, BoundedStrength
 from llamapro.expansion.strength import described
 from llamapro.export.bounded import bound_text, export_within_bound
 from llamapro.export.export import AS_TRAINED, ExportSummary, export
@@ -100,8 +100,8 @@ def _check_strength(arguments: argparse.Namespace) -> None:
         raise UserError("--max-general-increase is measured on text: give it together with --probe NAME=DATASET")
     if bound is not None and bound <= 0:
         raise UserError(f"--max-general-increase {bound:g}: give a fraction above 0, e.g. 0.003 for 0.3 %")
-    if arguments.probe_sequences < 2:
-        raise UserError(f"--probe-sequences {arguments.probe_sequences}: at least 2 rows are needed")
+    if arguments.probe_sequences < LEAST_ROWS:
+        raise UserError(f"--probe-sequences {arguments.probe_sequences}: at least {LEAST_ROWS} rows are needed")
     if bound is not None and is_delta(arguments.source):
         raise UserError(f"{arguments.source} is a delta, which has the strength that it was exported with")
 

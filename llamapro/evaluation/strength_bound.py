@@ -31,6 +31,9 @@ from llamapro.expansion.record import ExpansionRecord
 from llamapro.modeling.model import LanguageModel
 from llamapro.ranks import Ranks
 
+LEAST_ROWS = 4
+"""Of a probe: two to decide and two to check, below which there is no interval."""
+
 
 @dataclass(frozen=True)
 class BoundedStrength:
@@ -66,7 +69,11 @@ class _Probes:
 
     def largest_increase(self, strength: float) -> float:
         """Over all probes, each at the upper end of its interval."""
-        return max(increase.value + (increase.half_width or 0) for increase in self.increases(strength).values())
+        ends = []
+        for increase in self.increases(strength).values():
+            assert increase.half_width is not None, f"a probe has at least {LEAST_ROWS} rows"
+            ends.append(increase.value + increase.half_width)
+        return max(ends)
 
     def _score(self, name: str, strength: float) -> TextScore:
         device = self._settings.device
@@ -85,7 +92,7 @@ def find_strength(
 
     Raises:
         UserError: no strength leads to a base.
-        DataError: a probe has less than two rows.
+        DataError: a probe has less than LEAST_ROWS rows.
         CheckFailed: no strength above 0 keeps the bound.
     """
     model = load_model(folder, compute_dtype(folder, settings.precision), settings.device)
@@ -117,9 +124,10 @@ def _halves(text: TextSet, settings: Settings) -> tuple[Batches, Batches]:
             if len(kept):
                 half.append(chosen_rows(batch, row_bytes, kept))
         seen += len(rows)
-    if seen < 2:
+    if seen < LEAST_ROWS:
         raise DataError(
-            f"{text.given}: its {text.split} text fills one row of {settings.sequence_length} tokens, and two are "
-            "needed, one to decide and one to check; give a longer text"
+            f"{text.given}: its {text.split} text fills {seen} row{'s' if seen != 1 else ''} of "
+            f"{settings.sequence_length} tokens, and {LEAST_ROWS} are needed, two to decide and two to check; "
+            "give a longer text"
         )
     return deciding, unseen

@@ -116,6 +116,10 @@ def test_a_bound_that_nothing_keeps_ends_in_1_and_writes_nothing(tiny: TinyRun, 
         (["export", "RUN", "--probe", "a=LAW"], "--max-general-increase"),
         (["export", "RUN", "--max-general-increase", "-0.1", "--probe", "a=LAW"], "above 0"),
         (["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=/nowhere"], "/nowhere"),
+        (
+            ["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=LAW", "--probe-sequences", "3"],
+            "at least 4 rows",
+        ),
         (["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=LAW", "--probe", "a=LAW"], "two texts"),
     ],
 )

@@ -1,5 +1,6 @@
 """The strength that keeps a bound: found on half the rows, checked on the others, as plain scoring has it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,11 @@ def test_a_bound_that_the_trained_model_keeps_leaves_it_whole(exported: Path) ->
     assert (found.strength, found.tried) == (1.0, 1)
 
 
-def test_a_bound_that_nothing_keeps_and_a_probe_of_one_row_are_refused(exported: Path) -> None:
+def test_a_bound_that_nothing_keeps_and_a_probe_of_too_few_rows_are_refused(exported: Path) -> None:
     record = record_of(exported)
     with pytest.raises(CheckFailed, match="no strength above 0"):
         find_strength(exported, record, [text_set(exported, "wiki")], SETTINGS, -0.5)
-    with pytest.raises(DataError, match="fills one row"):
+    with pytest.raises(DataError, match="fills 1 row of 32 tokens, and 4 are needed"):
         find_strength(exported, record, [text_set(exported, "short")], SETTINGS, 0.1)
+    with pytest.raises(DataError, match="fills 3 rows"):
+        find_strength(exported, record, [text_set(exported, "wiki")], replace(SETTINGS, sequences=3), 0.1)
