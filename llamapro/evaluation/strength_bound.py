@@ -31,8 +31,8 @@ from llamapro.expansion.record import ExpansionRecord
 from llamapro.modeling.model import LanguageModel
 from llamapro.ranks import Ranks
 
-LEAST_ROWS = 4
-"""Of a probe: two to decide and two to check, below which there is no interval."""
+LEAST_ROWS = 16
+"""Of a probe: eight to decide and eight to check; of fewer the intervals would be a fifth too narrow and more."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _halves(text: TextSet, settings: Settings) -> tuple[Batches, Batches]:
     if seen < LEAST_ROWS:
         raise DataError(
             f"{text.given}: its {text.split} text fills {seen} row{'s' if seen != 1 else ''} of "
-            f"{settings.sequence_length} tokens, and {LEAST_ROWS} are needed, two to decide and two to check; "
+            f"{settings.sequence_length} tokens, and {LEAST_ROWS} are needed, half to decide and half to check; "
             "give a longer text"
         )
     return deciding, unseen

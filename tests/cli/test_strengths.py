@@ -12,7 +12,7 @@ from llamapro.cli.main import main
 from llamapro.expansion.record import read_record
 from llamapro.export.export import export
 from tests.support.exports import TinyRun, make_run
-from tests.support.texts import LAW, WIKI, write_text_dataset
+from tests.support.texts import ARTICLES, LAW, WIKI, write_text_dataset
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     tiny = make_run(root, dtype=torch.float32)
     write_text_dataset(root / "law", tiny.base, LAW)
     write_text_dataset(root / "wiki", tiny.base, WIKI)
+    write_text_dataset(root / "articles", tiny.base, ARTICLES)
     text = (tiny.folder / "config.yaml").read_text().replace("nowhere", str(root))
     (tiny.folder / "config.yaml").write_text(text.replace("sequence_length: 64", "sequence_length: 32"))
     return tiny
@@ -78,7 +79,7 @@ def test_a_second_look_reads_the_curve_that_the_first_measured(
 def test_the_largest_strength_within_a_bound_is_found_said_and_exported(
     tiny: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bound = ("--max-general-increase", 0.001, "--probe", f"wiki={tiny.base.parent / 'wiki'}")
+    bound = ("--max-general-increase", 0.001, "--probe", f"wiki={tiny.base.parent / 'articles'}")
     assert run("export", tiny.folder, tmp_path / "out", *bound) == 0
     found = re.search(r"strength (0\.\d+) \(\d+ tried\).*wiki \+?(-?\d\.\d\d)", captured := capsys.readouterr().out)
     assert found is not None, captured
@@ -93,7 +94,7 @@ def test_the_largest_strength_within_a_bound_is_found_said_and_exported(
 
 
 def test_a_bound_that_nothing_keeps_ends_in_1_and_writes_nothing(tiny: TinyRun, tmp_path: Path) -> None:
-    bound = ("--max-general-increase", 1e-9, "--probe", f"wiki={tiny.base.parent / 'wiki'}")
+    bound = ("--max-general-increase", 1e-9, "--probe", f"wiki={tiny.base.parent / 'articles'}")
     assert run("export", tiny.folder, tmp_path / "out", *bound) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -117,8 +118,8 @@ def test_a_bound_that_nothing_keeps_ends_in_1_and_writes_nothing(tiny: TinyRun, 
         (["export", "RUN", "--max-general-increase", "-0.1", "--probe", "a=LAW"], "above 0"),
         (["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=/nowhere"], "/nowhere"),
         (
-            ["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=LAW", "--probe-sequences", "3"],
-            "at least 4 rows",
+            ["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=LAW", "--probe-sequences", "15"],
+            "at least 16 rows",
         ),
         (["export", "RUN", "--max-general-increase", "0.1", "--probe", "a=LAW", "--probe", "a=LAW"], "two texts"),
     ],

@@ -17,7 +17,7 @@ from llamapro.expansion.record import ExpansionRecord, read_record
 from llamapro.export.export import export
 from llamapro.ranks import Ranks
 from tests.support.exports import TinyRun, make_run
-from tests.support.texts import WIKI, write_text_dataset
+from tests.support.texts import ARTICLES, write_text_dataset
 
 SETTINGS = Settings(sequence_length=32, sequences=64, precision="keep", device=torch.device("cpu"))
 
@@ -26,7 +26,7 @@ SETTINGS = Settings(sequence_length=32, sequences=64, precision="keep", device=t
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bound")
     tiny: TinyRun = make_run(root, dtype=torch.float32)
-    write_text_dataset(root / "wiki", tiny.base, WIKI)
+    write_text_dataset(root / "wiki", tiny.base, ARTICLES)
     write_text_dataset(root / "short", tiny.base, ("one",))
     export(tiny.folder, root / "out")
     return root / "out"
@@ -84,7 +84,7 @@ def test_a_bound_that_nothing_keeps_and_a_probe_of_too_few_rows_are_refused(expo
     record = record_of(exported)
     with pytest.raises(CheckFailed, match="no strength above 0"):
         find_strength(exported, record, [text_set(exported, "wiki")], SETTINGS, -0.5)
-    with pytest.raises(DataError, match="fills 1 row of 32 tokens, and 4 are needed"):
+    with pytest.raises(DataError, match="fills 1 row of 32 tokens, and 16 are needed"):
         find_strength(exported, record, [text_set(exported, "short")], SETTINGS, 0.1)
-    with pytest.raises(DataError, match="fills 3 rows"):
-        find_strength(exported, record, [text_set(exported, "wiki")], replace(SETTINGS, sequences=3), 0.1)
+    with pytest.raises(DataError, match="fills 15 rows"):
+        find_strength(exported, record, [text_set(exported, "wiki")], replace(SETTINGS, sequences=15), 0.1)

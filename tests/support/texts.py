@@ -25,6 +25,8 @@ LAW = tuple(
     f"Section {n}. The court shall hear appeal {n * n} in the {'first' if n % 2 else 'next'} year." for n in range(9)
 )
 WIKI = tuple(f"Größe {n}: the quick brown fox has {n} legs, naïve façade" + "!" * n for n in range(7))
+ARTICLES = (*WIKI, *(f"Höhe {n}: {n} foxes jump over the {n + 1} lazy dogs of a naïve façade." for n in range(9)))
+"""WIKI and more of the kind."""
 
 
 def token_ids(text: str) -> list[int]:
