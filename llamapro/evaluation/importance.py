@@ -21,9 +21,10 @@ from llamapro.data.batches import Batch
 from llamapro.data.rows import IGNORED
 from llamapro.errors import CheckFailed, DataError, ModelRefused
 from llamapro.evaluation.bypass import BlockScores, score_blocks
-from llamapro.evaluation.intervals import NORMAL_975, Estimate
+from llamapro.evaluation.intervals import Estimate
 from llamapro.evaluation.measure import program_versions
 from llamapro.evaluation.probe import ProbeRows, ProbeText, cut_rows
+from llamapro.evaluation.student import standard_errors_975
 from llamapro.expansion.families import Family, count_of_blocks, family_of
 from llamapro.expansion.importance import BlockImportance, ImportanceReport, least_important, require_enough_blocks
 from llamapro.expansion.source import read_config
@@ -183,7 +184,7 @@ def _report(
             BlockImportance(
                 block=block,
                 loss_increase=increase.value,
-                standard_error=_half_width(increase) / NORMAL_975,
+                standard_error=_half_width(increase) / standard_errors_975(len(rows.input_ids)),
                 copied=block in chosen,
             )
             for block, increase in increases.items()

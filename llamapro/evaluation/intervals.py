@@ -1,16 +1,16 @@
 """Ratios of sums with their 95 % confidence intervals.
 
 Loss per token, bits per byte and relative change are all Σ aᵢ / Σ bᵢ over rows i. Rows (packed windows of held-out
-text) are taken as independent; the interval is the normal approximation of the ratio estimator (W. G. Cochran,
-*Sampling Techniques*, 3rd ed., ch. 6): standard error √(n/(n−1) · Σ (aᵢ − R·bᵢ)²) / Σ bᵢ. No randomness, no order
-dependence.
+text) are taken as independent; the interval is Student's t with n−1 degrees of freedom times the standard error of the
+ratio estimator (W. G. Cochran, *Sampling Techniques*, 3rd ed., ch. 6): √(n/(n−1) · Σ (aᵢ − R·bᵢ)²) / Σ bᵢ. No
+randomness, no order dependence.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NORMAL_975 = 1.959963984540054
+from llamapro.evaluation.student import standard_errors_975
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,4 @@ def ratio_of_sums(numerators: Sequence[float], denominators: Sequence[float]) ->
         return Estimate(ratio, None)
     pairs = zip(numerators, denominators, strict=True)
     squares = math.fsum((above - ratio * below) ** 2 for above, below in pairs)
-    return Estimate(ratio, NORMAL_975 * math.sqrt(rows / (rows - 1) * squares) / abs(total))
+    return Estimate(ratio, standard_errors_975(rows) * math.sqrt(rows / (rows - 1) * squares) / abs(total))

@@ -19,7 +19,7 @@ from llamapro.files.atomic import write_atomic
 RESULTS_NAME = "results.json"
 MEASUREMENTS = "measurements"
 FORMAT_VERSION = 1
-INTERVALS = "95 %, normal approximation over packed rows; changes are paired row by row"
+INTERVALS = "95 %, Student's t over packed rows; changes are paired row by row"
 
 
 class MeasurementKey(Key):

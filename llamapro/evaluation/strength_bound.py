@@ -31,8 +31,8 @@ from llamapro.expansion.record import ExpansionRecord
 from llamapro.modeling.model import LanguageModel
 from llamapro.ranks import Ranks
 
-LEAST_ROWS = 16
-"""Of a probe: eight to decide and eight to check; of fewer the intervals would be a fifth too narrow and more."""
+LEAST_ROWS = 4
+"""Of a probe: two to decide and two to check; one row has no interval."""
 
 
 @dataclass(frozen=True)

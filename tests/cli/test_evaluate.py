@@ -118,7 +118,7 @@ def test_drop_beyond_the_limit_fails_after_the_results_are_written(
     tiny: TinyRun, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     law = f"law={tiny.base.parent / 'law'}"
-    options = ("--text", law, "--compare", exported, "--output", tmp_path)
+    options = ("--text", law, "--compare", exported, "--sequence-length", 32, "--output", tmp_path)
     assert evaluate(tiny.base, *options) == 0
     fraction = orjson.loads((tmp_path / "results.json").read_bytes())["changes"]["law"]["fraction"]
     assert fraction > 0, "the random base is the worse of the two"

@@ -84,7 +84,7 @@ def test_a_bound_that_nothing_keeps_and_a_probe_of_too_few_rows_are_refused(expo
     record = record_of(exported)
     with pytest.raises(CheckFailed, match="no strength above 0"):
         find_strength(exported, record, [text_set(exported, "wiki")], SETTINGS, -0.5)
-    with pytest.raises(DataError, match="fills 1 row of 32 tokens, and 16 are needed"):
+    with pytest.raises(DataError, match="fills 1 row of 32 tokens, and 4 are needed"):
         find_strength(exported, record, [text_set(exported, "short")], SETTINGS, 0.1)
-    with pytest.raises(DataError, match="fills 15 rows"):
-        find_strength(exported, record, [text_set(exported, "wiki")], replace(SETTINGS, sequences=15), 0.1)
+    with pytest.raises(DataError, match="fills 3 rows"):
+        find_strength(exported, record, [text_set(exported, "wiki")], replace(SETTINGS, sequences=3), 0.1)

@@ -13,7 +13,7 @@ from llamapro.files.atomic import write_atomic
 
 BENCHMARKS_NAME = "benchmarks.json"
 FORMAT_VERSION = 1
-INTERVALS = "95 %, normal approximation over items; differences are paired item by item"
+INTERVALS = "95 %, Student's t over items; differences are paired item by item"
 
 
 class TaskKey(Key):

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from scipy.stats import t
 
 from llamapro.cli.benchmarks import _load
 from llamapro.evaluation.benchmarks.archive import Archive
@@ -83,7 +84,7 @@ def test_multiple_choice_agrees_with_plain_log_likelihoods(
     assert found.metrics["acc,none"].value == pytest.approx(accuracy)
     assert found.metrics["acc_norm,none"].value == pytest.approx(per_character)
     error = math.sqrt(accuracy * (1 - accuracy) / (len(questions) - 1))
-    assert found.metrics["acc,none"].half_width == pytest.approx(1.959964 * error, rel=1e-5)
+    assert found.metrics["acc,none"].half_width == pytest.approx(t.ppf(0.975, len(questions) - 1) * error, rel=1e-5)
 
 
 def test_bits_per_byte_of_programs_agree_with_plain_log_likelihoods(results: BenchmarkResults, model: Path) -> None:

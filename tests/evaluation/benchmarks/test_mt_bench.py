@@ -85,9 +85,9 @@ def test_ratings_are_read_as_scores_and_in_the_judges_words(questions: list[Ques
     assert found.turns["1"].rating == pytest.approx(20 / 3)
     assert found.categories["math"].rating == pytest.approx(19 / 4)
     assert found.categories["writing"].half_width is None
-    # By hand: question means 7, 7, 2.5; standard error sqrt(sum of squares / 6).
+    # By hand: question means 7, 7, 2.5; standard error sqrt(sum of squares / 6); t of the tables for three questions.
     error = ((1.5**2 + 1.5**2 + 3.0**2) / 6) ** 0.5
-    assert found.overall.half_width == pytest.approx(1.959964 * error, rel=1e-5)
+    assert found.overall.half_width == pytest.approx(4.302653 * error, rel=1e-5)
 
 
 def words(score: int) -> dict[str, str]:
