@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from llamapro.checkpoint.discover import list_checkpoints
 from llamapro.errors import EXIT_RETRY
 from llamapro.training.metrics import read_metrics
 from tests.support.data import flip_bit
+from tests.support.ports import free_port
 from tests.support.rank_process import Disturbance, run_rank
 from tests.support.training import losses, prepare, settings, state_digest
 
@@ -159,10 +159,7 @@ class Soak:
         values["run"]["grace_seconds"] = 10
         config = self._folder / f"{name}.yaml"
         config.write_bytes(orjson.dumps(values))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        arguments = (str(config), str(self._log(name)), RANKS, port, disturbance)
+        arguments = (str(config), str(self._log(name)), RANKS, free_port(), disturbance)
         ranks = [self._context.Process(target=run_rank, args=(rank, *arguments)) for rank in range(RANKS)]
         for process in ranks:
             process.start()

@@ -15,11 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from llamapro.errors import EXIT_RETRY
-from llamapro.training.startup_signals import STOP_SIGNALS
+from llamapro.training.startup_signals import STOP_SIGNALS, send_stop_signals_to
 
 if TYPE_CHECKING:
     from llamapro.training.peers import Peers
@@ -118,18 +117,14 @@ def watch_signals(
         stop_file.unlink(missing_ok=True)
     request = StopRequest(stop_file)
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    former_handlers = {number: signal.signal(number, _do_nothing) for number in watched}
-    former_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    former = send_stop_signals_to(writer)
     thread = _Watcher(request, reader, grace_seconds, step_timeout_seconds, peers)
     thread.start()
     try:
         with peers.giving_signs(lambda: request.heartbeats) if peers else nullcontext():
             yield request
     finally:
-        signal.set_wakeup_fd(former_descriptor)
-        for number, handler in former_handlers.items():
-            signal.signal(number, handler)
+        former.restore()
         os.write(writer, bytes([_QUIT]))
         thread.join()
         os.close(writer)
@@ -187,10 +182,6 @@ def _launchers() -> list[int]:
         if DEEPSPEED_LAUNCHER in (process / "cmdline").read_bytes().split(b"\0"):
             return [parent, int((process / "stat").read_text().rpartition(")")[2].split()[1])]
     return [parent]
-
-
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """A handler must exist for the interpreter to write the signal's number to the wake-up pipe."""
 
 
 def _end_process(reason: str, peers: "Peers | None") -> NoReturn:

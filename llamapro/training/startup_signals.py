@@ -9,7 +9,9 @@ import os
 import signal
 import threading
 from collections.abc import Collection
+from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from llamapro.errors import EXIT_RETRY
 
@@ -21,15 +23,44 @@ def retry_on_stop_signals() -> None:
 
     To be called on the main thread. Signals that the process ignores (nohup) stay ignored.
     """
-    watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    for number in watched:
-        signal.signal(number, _do_nothing)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    watched = list(send_stop_signals_to(writer).handlers)
     # A forked child has the same pipe; what is sent to it must not end this process.
     os.register_at_fork(after_in_child=lambda: _forget(watched))
     threading.Thread(target=_end_when_told, args=(reader, watched), name="startup signals", daemon=True).start()
+
+
+@dataclass(frozen=True)
+class FormerSignals:
+    """What `send_stop_signals_to` replaced.
+
+    Attributes:
+        handlers: of the stop signals that the process does not ignore.
+        descriptor: of the wake-up pipe; -1: none.
+    """
+
+    handlers: dict[signal.Signals, Any]
+    descriptor: int
+
+    def restore(self) -> None:
+        """Put them back."""
+        signal.set_wakeup_fd(self.descriptor)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def send_stop_signals_to(writer: int) -> FormerSignals:
+    """Let the interpreter write the number of each stop signal to a pipe, whatever the main thread does.
+
+    To be called on the main thread. Signals that the process ignores (nohup) stay ignored.
+
+    Args:
+        writer: a descriptor that does not block.
+    """
+    watched = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, _do_nothing) for number in watched}
+    return FormerSignals(handlers, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
 
 
 def _end_when_told(reader: int, watched: Collection[int]) -> None:

@@ -15,12 +15,7 @@ from llamapro.ranks import Ranks
 from tests.support.engine import Setup, start_engine, train_step
 from tests.support.models import save_tiny_llama
 from tests.support.pool import WorkerPool
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.support.ports import free_port
 
 
 def timeouts() -> list[timedelta]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import orjson
 from llamapro.run_folder import RunFolder
 from llamapro.training.metrics import read_metrics
 from tests.support.faulty_front import Fault
+from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 START_SECONDS = 400.0
@@ -119,10 +119,3 @@ def processes_of(text: str) -> list[int]:
             if text.encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
                 found.append(int(process.name))
     return found
-
-
-def free_port() -> int:
-    """A TCP port of this host that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

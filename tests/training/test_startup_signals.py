@@ -11,7 +11,7 @@ import pytest
 
 from llamapro.errors import EXIT_RETRY
 from llamapro.training.startup_signals import STOP_SIGNALS
-from tests.support.jobs import free_port
+from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 
@@ -23,17 +23,8 @@ def test_a_signal_while_torch_is_imported_asks_to_be_started_again(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "version.py").write_text("cuda = None\n")
     (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), "--config", "run.yaml"]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as program:
-        assert program.stdout is not None
-        assert program.stdout.readline() == "importing\n"
-        program.send_signal(number)
-        _, said = program.communicate(timeout=10)
-    assert program.returncode == EXIT_RETRY
-    assert f"{number.name} before the run began" in said
+    command = [str(ROOT / "launch" / f"{stage}.py"), "--config", "run.yaml"]
+    asks_to_be_started_again(command, f"{tmp_path}:{ROOT}", "importing\n", number)
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -58,11 +49,20 @@ def test_a_signal_while_the_other_ranks_are_waited_for_asks_to_be_started_again(
         f"where = 'tcp://127.0.0.1:{free_port()}'\n"
         "torch.distributed.init_process_group('gloo', init_method=where, rank=0, world_size=2)\n"
     )
-    command = [sys.executable, "-c", body]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+    asks_to_be_started_again(["-c", body], str(ROOT), "waiting\n", number, after_seconds=1)
+
+
+def asks_to_be_started_again(
+    arguments: list[str], path: str, line: str, number: signal.Signals, after_seconds: float = 0
+) -> None:
+    """A Python program that gets a signal some time after it has said this line."""
+    command, environment = [sys.executable, *arguments], {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
         assert program.stdout is not None
-        assert program.stdout.readline() == "waiting\n"
-        time.sleep(1)  # until it waits indeed; a signal before that is taken as well
+        assert program.stdout.readline() == line
+        time.sleep(after_seconds)  # until it waits indeed; a signal before that is taken as well
         program.send_signal(number)
         try:
             _, said = program.communicate(timeout=10)
