@@ -13,8 +13,7 @@ from pathlib import Path
 import orjson
 
 from llamapro import console
-from llamapro.experiments.steps import discard
-from llamapro.files.atomic import write_atomic
+from llamapro.files.atomic import discard, write_atomic
 
 
 @dataclass(frozen=True)

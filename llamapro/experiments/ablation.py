@@ -5,23 +5,19 @@ For a seed every variant sees the same rows in the same order: the order depends
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any
 
 from llamapro.data.dataset import Dataset
 from llamapro.evaluation.model_digest import model_digest
 from llamapro.evaluation.results import Results
-from llamapro.evaluation.stored import write_stored
-from llamapro.experiments.chain import Chain, Evaluation, Phase, Place, make_chains
+from llamapro.experiments.chain import Chain, Evaluation, Measured, Phase, Place, make_chains
 from llamapro.experiments.config import AblationConfig, EvaluationConfig, VariantConfig
 from llamapro.experiments.evaluation_options import benchmark_options
 from llamapro.experiments.load import open_inputs
-from llamapro.experiments.pages import write_ablation_page
+from llamapro.experiments.pages import write_ablation
 from llamapro.experiments.results import AblationResults, Row, Trial, spread
 from llamapro.files.lock import RunLock
-
-RESULTS_NAME = "ablation.json"
 
 
 def run_ablation(config: AblationConfig) -> AblationResults:
@@ -37,7 +33,12 @@ def run_ablation(config: AblationConfig) -> AblationResults:
     with RunLock(config.folder):
         place = Place(config.folder, config.base, model_digest(config.base), config.launch)
         chains = plan_chains(config, place, datasets)
-        return make_chains(chains, keep=config.keep, publish=partial(_publish, config))
+        return make_chains(
+            chains,
+            keep=config.keep,
+            results=lambda made, failed: _results(config, made, failed),
+            write=lambda results: write_ablation(config.folder, results),
+        )
 
 
 def plan_chains(config: AblationConfig, place: Place, datasets: Mapping[str, Dataset]) -> list[Chain]:
@@ -110,7 +111,8 @@ def _evaluation(config: AblationConfig, datasets: Mapping[str, Dataset]) -> Eval
 
 
 def _trial(evaluation: EvaluationConfig, chain: Chain) -> Trial:
-    changes, benchmarks = _texts(chain).changes, chain.measurements[-1].benchmarks
+    measured = chain.measurements[-1]
+    changes, benchmarks = _texts(measured).changes, measured.benchmarks
     return Trial(
         variant=chain.method,
         seed=chain.seed,
@@ -122,17 +124,9 @@ def _trial(evaluation: EvaluationConfig, chain: Chain) -> Trial:
     )
 
 
-def _texts(chain: Chain) -> Results:
-    texts = chain.measurements[-1].texts
-    assert texts is not None, "an ablation measures at least two texts"
-    return texts
-
-
-def _publish(config: AblationConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> AblationResults:
-    results = _results(config, made, failed)
-    write_stored(config.folder / RESULTS_NAME, results)
-    write_ablation_page(config.folder, results)
-    return results
+def _texts(measured: Measured) -> Results:
+    assert measured.texts is not None, "an ablation measures at least two texts"
+    return measured.texts
 
 
 def _results(config: AblationConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> AblationResults:
@@ -141,7 +135,7 @@ def _results(config: AblationConfig, made: Sequence[Chain], failed: Mapping[str,
     return AblationResults(
         date=time.strftime("%Y-%m-%d"),
         settings=config.model_dump(mode="json"),
-        versions=_texts(made[-1]).versions,
+        versions=_texts(made[-1].measurements[-1]).versions,
         environment=trials[0].training[0].environment,
         rows={name: _row(found) for name, found in by_variant.items() if found},
         trials=trials,

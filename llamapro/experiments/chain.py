@@ -24,12 +24,12 @@ from llamapro.evaluation.stored import Stored, write_stored
 from llamapro.experiments.commands import deepspeed_command, llamapro_command, run_command
 from llamapro.experiments.config import LaunchConfig, VariantConfig
 from llamapro.experiments.results import Training, read_training
-from llamapro.experiments.steps import Maker, Step, discard
-from llamapro.files.atomic import write_atomic
+from llamapro.experiments.steps import Maker, Step
+from llamapro.files.atomic import discard, write_atomic
 from llamapro.run_folder import RunFolder
 from llamapro.training.model_facts import Stage
 
-Published = TypeVar("Published")
+Summary = TypeVar("Summary")
 
 
 class Measured(Stored):
@@ -288,16 +288,21 @@ def launch_environment() -> dict[str, str]:
 
 
 def make_chains(
-    chains: Sequence[Chain], *, keep: bool, publish: Callable[[Sequence[Chain], Mapping[str, str]], Published]
-) -> Published:
+    chains: Sequence[Chain],
+    *,
+    keep: bool,
+    results: Callable[[Sequence[Chain], Mapping[str, str]], Summary],
+    write: Callable[[Summary], None],
+) -> Summary:
     """Make every chain; one that fails is named, with the reason, and the others go on.
 
     Args:
-        publish: writes what the chains made so far came to, and what failed: "method, seed" and why, which is said at
-            the end only. Called after each chain that succeeded.
+        results: what the chains made so far came to, and what failed: "method, seed" and why, which is said at the end
+            only.
+        write: writes the results, after each chain that succeeded and at the end.
 
     Returns:
-        What was published last.
+        The results at the end.
 
     Raises:
         CheckFailed: every chain failed.
@@ -315,10 +320,12 @@ def make_chains(
             console.warning(f"{called} failed; the others go on: {error}")
         else:
             made.append(chain)
-            publish(made, {})
+            write(results(made, {}))
         later = {other.expansion.name for other in chains[number + 1 :] if other.expansion}
         if chain.expansion is not None and not keep and chain.expansion.name not in later:
             discard(*chain.expansion.outputs)
     if not made:
         raise CheckFailed("everything failed:\n" + "\n".join(failed.values()))
-    return publish(made, failed)
+    final = results(made, failed)
+    write(final)
+    return final

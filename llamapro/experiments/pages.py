@@ -1,9 +1,10 @@
-"""An experiment's results as pages for people: a Markdown table and a picture beside the JSON file."""
+"""An experiment's results as files: JSON, and for people a Markdown table and a picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamapro.evaluation.stored import write_stored
 from llamapro.experiments.pictures import draw_ablation, draw_trace
 from llamapro.experiments.results import AblationResults, Spread, TraceResults
 from llamapro.files.atomic import write_atomic
@@ -13,8 +14,9 @@ SPREAD_NOTE = "Means over seeds ± their standard deviation; with one seed the s
 Table = tuple[list[str], list[list[str]]]
 
 
-def write_ablation_page(folder: Path, results: AblationResults) -> None:
-    """Write ablation.md and ablation.svg."""
+def write_ablation(folder: Path, results: AblationResults) -> None:
+    """Write ablation.json, ablation.md and ablation.svg."""
+    write_stored(folder / "ablation.json", results)
     write_atomic(folder / "ablation.svg", draw_ablation(results))
     evaluation = results.settings["evaluation"]
     lines = [
@@ -43,8 +45,9 @@ def ablation_table(results: AblationResults) -> Table:
     return columns, rows
 
 
-def write_trace_page(folder: Path, results: TraceResults) -> None:
-    """Write trace.md and trace.svg."""
+def write_trace(folder: Path, results: TraceResults) -> None:
+    """Write trace.json, trace.md and trace.svg."""
+    write_stored(folder / "trace.json", results)
     write_atomic(folder / "trace.svg", draw_trace(results))
     lines = [
         f"# {len(results.tasks)} tasks one after another, {results.settings['tokens_per_task']:,} tokens each",

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from llamapro import console
-from llamapro.files.atomic import remove_leftovers, remove_tree, write_atomic
+from llamapro.files.atomic import discard, write_atomic
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,6 @@ class Maker:
 
     def _stamp(self, step: Step, moment: str) -> Path:
         return self._stamps / f"{step.name}.{moment}"
-
-
-def discard(*outputs: Path) -> None:
-    """Remove files and folders, where they are there."""
-    for output in outputs:
-        if not output.parent.is_dir():
-            continue
-        remove_leftovers(output)
-        if output.is_dir():
-            remove_tree(output)
-        else:
-            output.unlink(missing_ok=True)
 
 
 def _text(path: Path) -> str | None:

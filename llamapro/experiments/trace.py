@@ -6,24 +6,21 @@ low-rank adapters are merged before new ones begin. Only the optimizer and the s
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from statistics import fmean
 from typing import Any
 
 from llamapro.data.dataset import Dataset
 from llamapro.evaluation.continual import backward_transfer, overall_performance
 from llamapro.evaluation.model_digest import model_digest
-from llamapro.evaluation.stored import write_stored
 from llamapro.experiments.chain import Chain, Evaluation, Measured, Phase, Place, make_chains
 from llamapro.experiments.config import VariantConfig
 from llamapro.experiments.evaluation_options import benchmark_options
 from llamapro.experiments.load import open_inputs
-from llamapro.experiments.pages import write_trace_page
+from llamapro.experiments.pages import write_trace
 from llamapro.experiments.results import Learned, MethodRow, TraceResults, spread
 from llamapro.experiments.trace_config import TraceConfig
 from llamapro.files.lock import RunLock
 
-RESULTS_NAME = "trace.json"
 TEXT_SCORE = "minus the bits per byte of the task's held-out text"
 BENCHMARK_SCORE = "the benchmark's main metric"
 
@@ -41,7 +38,12 @@ def run_trace(config: TraceConfig) -> TraceResults:
     with RunLock(config.folder):
         place = Place(config.folder, config.base, model_digest(config.base), config.launch)
         chains = plan_chains(config, place, datasets)
-        return make_chains(chains, keep=config.keep, publish=partial(_publish, config))
+        return make_chains(
+            chains,
+            keep=config.keep,
+            results=lambda made, failed: _results(config, made, failed),
+            write=lambda results: write_trace(config.folder, results),
+        )
 
 
 def plan_chains(config: TraceConfig, place: Place, datasets: Mapping[str, Dataset]) -> list[Chain]:
@@ -126,13 +128,6 @@ def _learned(config: TraceConfig, chain: Chain) -> Learned:
         transfer=backward_transfer(scores),
         training=chain.trainings,
     )
-
-
-def _publish(config: TraceConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> TraceResults:
-    results = _results(config, made, failed)
-    write_stored(config.folder / RESULTS_NAME, results)
-    write_trace_page(config.folder, results)
-    return results
 
 
 def _results(config: TraceConfig, made: Sequence[Chain], failed: Mapping[str, str]) -> TraceResults:

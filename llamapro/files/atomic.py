@@ -109,6 +109,18 @@ def remove_leftovers(target: Path) -> None:
                 leftover.unlink(missing_ok=True)
 
 
+def discard(*outputs: Path) -> None:
+    """Remove files and folders, and what killed writers left of them, where they are there."""
+    for output in outputs:
+        if not output.parent.is_dir():
+            continue
+        remove_leftovers(output)
+        if output.is_dir():
+            remove_tree(output)
+        else:
+            output.unlink(missing_ok=True)
+
+
 def fsync_tree(folder: Path) -> None:
     """Fsync every file and folder below `folder`, and the folder itself."""
     for current, _, files in os.walk(folder):

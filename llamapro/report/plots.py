@@ -29,41 +29,31 @@ _DASHES = ("-", "--", ":")
 _MAX_POINTS = 1000
 _SMOOTHED_FROM = 60  # points
 _SMOOTHING = 50  # the window is this part of a series
-_STYLE: dict[Any, Any] = {
+_COMMON: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": "sans-serif",
-    "font.size": 9.0,
-    "text.color": INK,
     "axes.edgecolor": GRID,
-    "axes.labelcolor": SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.spines.left": False,
     "axes.grid": True,
-    "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": GRID,
+    "legend.frameon": False,
+}
+# Of pictures that stand alone, outside a page.
+ON_WHITE: dict[Any, Any] = {**_COMMON, "font.size": 10.0}
+_STYLE: dict[Any, Any] = {
+    **_COMMON,
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.spines.left": False,
+    "axes.grid.axis": "y",
     "grid.linewidth": 0.6,
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "ytick.major.size": 0,
-    "legend.frameon": False,
-}
-
-# Of pictures that stand alone, outside a page.
-ON_WHITE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.edgecolor": GRID,
-    "grid.color": GRID,
-    "legend.frameon": False,
 }
 
 Series = Sequence[tuple[float, float]]

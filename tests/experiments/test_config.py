@@ -133,9 +133,12 @@ def test_a_sequence_refuses_mixed_scores_and_the_base_as_a_method(tmp_path: Path
         "sequence_length": 256,
         "batch": {"global_sequences": 4},
         "tasks": {"a": {"data": "a"}, "b": {"data": "b", "benchmark": "arc_easy"}},
-        "methods": {"nothing": {"base": {}}, "kept": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 0.5}}},
+        "methods": {
+            "nothing": {"base": {}},
+            "kept": {"expand": {"new_blocks": 2}, "objective": {"replay_kl": 0.5}},
+            "weak": {"expand": {"new_blocks": 2}, "strength": 0.5},
+        },
     }
-    values["methods"]["weak"] = {"expand": {"new_blocks": 2}, "strength": 0.5}
     said = problems(tmp_path, values, TraceConfig)
     assert "tasks: some have a benchmark" in said
     assert "methods.nothing.base" in said

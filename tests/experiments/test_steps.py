@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llamapro.experiments.steps import Maker, Step, discard
+from llamapro.experiments.steps import Maker, Step
+from llamapro.files.atomic import discard
 
 
 class Bench:
