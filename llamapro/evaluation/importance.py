@@ -184,7 +184,7 @@ def _report(
             BlockImportance(
                 block=block,
                 loss_increase=increase.value,
-                standard_error=_half_width(increase) / standard_errors_975(len(rows.input_ids)),
+                standard_error=_half_width(increase) / standard_errors_975(len(scores.whole.rows)),
                 copied=block in chosen,
             )
             for block, increase in increases.items()
