@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from llamapro.engine.environment import prepare_environment
+from llamapro.training.startup_signals import retry_on_stop_signals
 
 MEMORY_LEFT = 64 << 20
 SLEEP_SECONDS = 600.0
@@ -127,6 +128,7 @@ def plant(fault: Fault) -> None:
 
 
 if __name__ == "__main__":
+    retry_on_stop_signals()
     prepare_environment()  # before torch and deepspeed are imported: both read it on import
     plant(Fault(**orjson.loads(os.environ["PLANTED_FAULT"])))
     from llamapro.training.entry import main

@@ -1,4 +1,4 @@
-"""A training program that is told to stop before it has begun says "start me again"."""
+"""Told to stop before it has begun, a training program says "start me again"; after its end nothing changes."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def asks_to_be_started_again(
         finally:
             program.kill()
     assert program.returncode == EXIT_RETRY
-    assert f"{number.name} before the run began" in said
+    assert f"{number.name} outside the training loop" in said
 
 
 def test_a_signal_to_a_forked_child_ends_the_child_alone() -> None:
@@ -85,3 +85,19 @@ def test_a_signal_to_a_forked_child_ends_the_child_alone() -> None:
         "assert os.WTERMSIG(status) == signal.SIGTERM\n"
     )
     assert subprocess.run([sys.executable, "-c", body], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_while_the_interpreter_ends_does_not_change_the_exit_code(number: signal.Signals) -> None:
+    """The interpreter takes the handlers away before it deletes what modules hold."""
+    body = (
+        "import os, sys\n"
+        "from llamapro.training.startup_signals import retry_on_stop_signals\n"
+        "class Last:\n"
+        f"    def __del__(self, kill=os.kill, own=os.getpid()): kill(own, {number.value}); print('deleted')\n"
+        "last = Last()\n"
+        "retry_on_stop_signals()\n"
+        "sys.exit(75)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", body], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stdout) == (EXIT_RETRY, "deleted\n")
