@@ -8,12 +8,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.images import BASE, Images, pip_settings, why_not
+from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 pytestmark = pytest.mark.cluster
@@ -62,7 +64,16 @@ def owner(path: Path) -> int | None:
 
 def end_processes_of(user: int) -> None:
     for process in processes_of(user):
-        os.kill(process, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def program_of(process: int) -> str:
+    """Its name; empty when it has just ended."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def run(images: Images, configuration: dict[str, Any], *command: str, user: int = STRANGER) -> str:
@@ -121,7 +132,7 @@ def test_quickstart_runs_for_a_user_without_account_and_home(images: Images, con
 
 def test_a_stop_signal_reaches_every_rank_and_the_run_is_saved(images: Images, configuration: dict[str, Any]) -> None:
     """After the quickstart, whose model and data it trains on."""
-    train = ["torchrun", "--nproc-per-node", "2", "--master-port", str(20000 + os.getpid() % 10000)]
+    train = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())]
     train += [f"{LAUNCH}/pretrain.py", "--config", f"{LAUNCH}/recipes/quickstart.yaml", "--run.folder", LONG_RUN]
     line = images.in_container(CONTAINER, STRANGER, [*configuration["Entrypoint"], *train, "--schedule.steps", "1000"])
     run_folder = images.root_of(CONTAINER) / "workspace" / LONG_RUN
@@ -131,7 +142,7 @@ def test_a_stop_signal_reaches_every_rank_and_the_run_is_saved(images: Images, c
         subprocess.Popen(line, env=images.environment(), stdout=output, stderr=subprocess.STDOUT) as process,
     ):
         wait_until(lambda: has_trained(run_folder), process, TRAIN_SECONDS, log)
-        (first,) = [one for one in processes_of(STRANGER) if Path(f"/proc/{one}/comm").read_text().strip() == "tini"]
+        (first,) = [one for one in processes_of(STRANGER) if program_of(one) == "tini"]
         assert len(processes_of(STRANGER)) >= 4  # tini, the launcher and two ranks
         os.kill(first, signal.SIGTERM)
         wait_until(lambda: processes_of(STRANGER) == [], process, STOP_SECONDS, log)

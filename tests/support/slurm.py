@@ -52,6 +52,7 @@ SchedulerParameters=bf_interval=2,sched_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
+MessageTimeout=60
 MinJobAge=7200
 ReturnToService=2
 SlurmdParameters=config_overrides

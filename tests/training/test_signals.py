@@ -24,7 +24,7 @@ from llamapro.training.signals import watch_signals
 def say(text):
     os.write(1, (text + chr(10)).encode())
 
-def wait_for(stop, seconds=10):
+def wait_for(stop, seconds=60):
     end = time.monotonic() + seconds
     while not stop.requested and time.monotonic() < end:
         stop.heartbeat()
@@ -61,7 +61,7 @@ def program(body: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def outcome(child: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = child.communicate(timeout=15)
+    out, err = child.communicate(timeout=60)
     return child.returncode, out, err
 
 
@@ -164,7 +164,7 @@ def test_a_stop_file_is_a_request_and_an_old_one_is_not(tmp_path: Path) -> None:
     with watch_signals(grace_seconds=60, step_timeout_seconds=60, stop_file=stop_file) as stop:
         assert not stop.requested and not stop_file.exists()
         stop_file.touch()
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 30
         while not stop.requested and time.monotonic() < deadline:
             time.sleep(0.05)
         assert stop.requested and stop.reason == f"{stop_file} exists"
