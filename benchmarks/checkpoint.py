@@ -18,7 +18,6 @@ Ratios are taken within a round, then their median.
 import argparse
 import datetime
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any, Final
 import orjson
 
 from llamapro.engine.environment import prepare_environment
+from llamapro.engine.ports import free_port
 
 RESULTS: Final = Path(__file__).parent / "results"
 RAW, OURS, AT_ONCE = "write + fsync of the same bytes", "ours", "ours, at once"
@@ -71,9 +71,7 @@ def run_ranks(arguments: argparse.Namespace, folder: Path, environment: Mapping[
     Args:
         environment: as it was before this process chose its own threads.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["--child", str(folder), *(word for word in sys.argv[1:])]
     ranks = [
         subprocess.Popen(

@@ -9,7 +9,6 @@ is counted while it is alive, which is the same thing.
 import argparse
 import datetime
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, Final
 import orjson
 
 from llamapro.engine.environment import prepare_environment
+from llamapro.engine.ports import free_port
 
 RESULTS: Final = Path(__file__).parent / "results"
 MICRO_BATCHES: Final = 2
@@ -120,11 +120,8 @@ def run_case(folder: Path, shape: str, device: str, case: dict[str, Any]) -> dic
     """
     arguments = ["--child", orjson.dumps(case).decode(), "--shape", shape, "--device", device, "--work", str(folder)]
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     count = case["ranks"]
-    shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}
+    shared = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(free_port())}
     if device == "cpu":
         shared["DS_ACCELERATOR"] = "cpu"
     processes = [

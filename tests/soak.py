@@ -29,10 +29,10 @@ import orjson
 
 from llamapro import console
 from llamapro.checkpoint.discover import list_checkpoints
+from llamapro.engine.ports import free_port
 from llamapro.errors import EXIT_RETRY
 from llamapro.training.metrics import read_metrics
 from tests.support.data import flip_bit
-from tests.support.ports import free_port
 from tests.support.rank_process import Disturbance, run_rank
 from tests.support.training import losses, prepare, settings, state_digest
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from llamapro import console
 from llamapro.engine.environment import cuda_possible, usable_cores
+from llamapro.experiments.steps import make_all
 
 from .plan import LAUNCH, Machine, Places, quickstart_steps
 from .publish import publish, show
 from .result import describe, gather
-from .steps import run_steps
 
 ROOT = Path("work/quickstart")
 CPU_RANKS = MOST_GPU_RANKS = 2
@@ -34,7 +34,7 @@ def quickstart(steps: int | None) -> int:
     places = Places(ROOT, ROOT if steps is None else ROOT / f"short-{steps}")
     machine = this_machine()
     console.info(f"quickstart on {describe(machine)}, {usable_cores()} cores; everything goes to {places.outcome}/")
-    run_steps(quickstart_steps(places, machine, steps))
+    make_all(quickstart_steps(places, machine, steps))
     outcome = gather(places, machine)
     show(outcome)
     publish(outcome, places, checkout() if steps is None else None)

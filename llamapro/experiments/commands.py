@@ -7,7 +7,6 @@ last process has ended: training has then saved, and no rank is left behind.
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from llamapro import console
+from llamapro.engine.ports import free_port
 from llamapro.errors import EXIT_RETRY, CheckFailed, RetryLater
 
 STOP_SECONDS = 90.0
@@ -31,7 +31,7 @@ def llamapro_command(*arguments: str | Path) -> list[str]:
 def deepspeed_command(script: Path, ranks: int, *arguments: str | Path) -> list[str]:
     """`deepspeed --num_gpus RANKS script …` on a free port; the launcher counts CPU processes as GPUs too."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    head = [launcher, "--num_gpus", str(ranks), "--master_port", str(_free_port()), "--quiet"]
+    head = [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--quiet"]
     return [*head, str(script), *map(str, arguments)]
 
 
@@ -102,13 +102,6 @@ def _signal_group(group: int, number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _shown(command: Sequence[str]) -> str:

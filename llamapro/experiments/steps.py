@@ -1,12 +1,12 @@
-"""Steps made on demand: what is wanted and finished is skipped, with all that it was made from.
+"""Steps that are done once: what is finished and unchanged is skipped, what was stopped continues.
 
-A step's stamp says from which inputs it was made; other inputs throw its outputs away. What only served a finished
-step may be gone: nothing is made again unless an unfinished step needs it.
+A step's stamps say from which inputs its outputs were begun and made; other inputs throw them away. Made on demand, a
+step brings what it needs and is not there; what only served a finished step may be gone.
 """
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ class Step:
     """One thing to make.
 
     Attributes:
-        name: unique in an experiment, also the name of its stamps.
+        name: unique among the steps of its stamp folder, also the name of its stamps.
+        stamps: folder of its stamps.
         title: what the reader is told.
         outputs: files and folders that exist when it is done.
         inputs: JSON values that the outputs depend on, apart from the steps in `after`.
@@ -32,6 +33,7 @@ class Step:
     """
 
     name: str
+    stamps: Path
     title: str
     outputs: tuple[Path, ...]
     inputs: object
@@ -46,39 +48,52 @@ class Step:
         return hashlib.sha256(orjson.dumps(material, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-class Maker:
-    """Makes steps; their stamps lie in one folder."""
+def make(step: Step) -> None:
+    """Make a step, and before it what it needs and is not there."""
+    if _is_done(step):
+        return
+    for earlier in step.after:
+        make(earlier)
+    console.info(f"{step.title} …")
+    console.info(f"{step.title}: done in {_work(step):.0f} s")
 
-    def __init__(self, stamps: Path) -> None:
-        self._stamps = stamps
 
-    def is_done(self, step: Step) -> bool:
-        """Whether the outputs are there and were made from these inputs."""
-        return _text(self._stamp(step, "done")) == step.digest and all(path.exists() for path in step.outputs)
+def make_all(steps: Sequence[Step]) -> None:
+    """Make all of these that are not done, in this order, and count them for the reader."""
+    for number, step in enumerate(steps, 1):
+        place = f"[{number}/{len(steps)}]"
+        if _is_done(step):
+            console.info(f"{place} {step.title}: done before")
+        else:
+            console.info(f"{place} {step.title}")
+            console.info(f"{place} done in {_work(step):.0f} s")
 
-    def make(self, step: Step) -> None:
-        """Make a step, and before it what it needs and is not there."""
-        if self.is_done(step):
-            return
-        for earlier in step.after:
-            self.make(earlier)
-        console.info(f"{step.title} …")
-        self._begin(step)
-        start = time.monotonic()
-        step.work()
-        write_atomic(self._stamp(step, "done"), step.digest)
-        console.info(f"{step.title}: done in {time.monotonic() - start:.0f} s")
 
-    def _begin(self, step: Step) -> None:
-        """Go on with what was begun from the same inputs; anything else, finished or not, is begun anew."""
-        begun, done = self._stamp(step, "begun"), self._stamp(step, "done")
-        if done.exists() or _text(begun) != step.digest:
-            discard(*step.outputs, *step.scratch, done)
-        self._stamps.mkdir(parents=True, exist_ok=True)
-        write_atomic(begun, step.digest)
+def _is_done(step: Step) -> bool:
+    """Whether the outputs are there and were made from these inputs."""
+    return _text(_stamp(step, "done")) == step.digest and all(path.exists() for path in step.outputs)
 
-    def _stamp(self, step: Step, moment: str) -> Path:
-        return self._stamps / f"{step.name}.{moment}"
+
+def _work(step: Step) -> float:
+    """Do it; returns the seconds it took."""
+    _begin(step)
+    start = time.monotonic()
+    step.work()
+    write_atomic(_stamp(step, "done"), step.digest)
+    return time.monotonic() - start
+
+
+def _begin(step: Step) -> None:
+    """Go on with what was begun from the same inputs; anything else, finished or not, is begun anew."""
+    begun, done = _stamp(step, "begun"), _stamp(step, "done")
+    if done.exists() or _text(begun) != step.digest:
+        discard(*step.outputs, *step.scratch, done)
+    step.stamps.mkdir(parents=True, exist_ok=True)
+    write_atomic(begun, step.digest)
+
+
+def _stamp(step: Step, moment: str) -> Path:
+    return step.stamps / f"{step.name}.{moment}"
 
 
 def _text(path: Path) -> str | None:

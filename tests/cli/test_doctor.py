@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llamapro.cli.main import main
-from tests.support.ports import free_port
+from llamapro.engine.ports import free_port
 from tests.support.source import ROOT
 
 SECONDS = 300

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from llamapro.engine.ports import free_port
 from tests.support.images import BASE, Images, pip_settings, why_not
-from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 pytestmark = pytest.mark.cluster

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from llamapro.config.engine import EngineConfig
+from llamapro.engine.ports import free_port
 from llamapro.errors import RetryLater, UserError
 from llamapro.ranks import Ranks
 from tests.support.engine import Setup, start_engine, train_step
 from tests.support.models import save_tiny_llama
 from tests.support.pool import WorkerPool
-from tests.support.ports import free_port
 
 
 def timeouts() -> list[timedelta]:

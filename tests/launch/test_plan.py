@@ -9,6 +9,7 @@ import pytest
 from launch.quickstart import plan
 from launch.quickstart.plan import DOMAIN, GENERAL, LAUNCH, Machine, Places, quickstart_steps
 from llamapro.config.load import load_config
+from llamapro.experiments.steps import Step
 
 RECIPE = LAUNCH / "recipes" / "quickstart.yaml"
 PLACES = Places(Path("work/quickstart"), Path("work/quickstart"))
@@ -74,9 +75,9 @@ def test_a_short_run_shares_the_materials_and_nothing_else() -> None:
         assert (one.stamps == other.stamps) == (one.name in shared)
 
 
-def test_steps_name_only_earlier_steps() -> None:
-    earlier: set[str] = set()
+def test_steps_come_after_those_that_they_need() -> None:
+    earlier: dict[str, Step] = {}
     for step in quickstart_steps(PLACES, MACHINE, None):
-        assert set(step.after) <= earlier
+        assert all(earlier[needed.name] is needed for needed in step.after)
         assert step.name not in earlier
-        earlier.add(step.name)
+        earlier[step.name] = step

@@ -14,10 +14,10 @@ from typing import Any
 
 import orjson
 
+from llamapro.engine.ports import free_port
 from llamapro.run_folder import RunFolder
 from llamapro.training.metrics import read_metrics
 from tests.support.faulty_front import Fault
-from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 START_SECONDS = 400.0

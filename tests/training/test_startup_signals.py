@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from llamapro.engine.ports import free_port
 from llamapro.errors import EXIT_RETRY
 from llamapro.training.startup_signals import STOP_SIGNALS
-from tests.support.ports import free_port
 from tests.support.source import ROOT
 
 

@@ -1,4 +1,4 @@
-"""Ports of this host that nothing listens on."""
+"""Ports of this host that nothing listens on, for jobs that meet on it alone."""
 
 import socket
 
