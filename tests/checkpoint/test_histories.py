@@ -18,8 +18,8 @@ from tests.support.checkpoint import SlicedState, gathered, random_values, same_
 from tests.support.file_operations import killed_at
 
 MOST_OPERATIONS = 60
-QUICK = settings(max_examples=10, stateful_step_count=12, deadline=None)
-LONG = settings(max_examples=300, stateful_step_count=40, deadline=None)
+QUICK = settings(max_examples=10, stateful_step_count=12)
+LONG = settings(max_examples=300, stateful_step_count=40, derandomize=False, print_blob=True)
 
 
 class RunFolderHistory(RuleBasedStateMachine):

@@ -21,7 +21,7 @@ def plain_best_fit_decreasing(lengths, capacity):
     return sorted(rooms)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(1, 60).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c), max_size=80))))
 def test_bins_are_filled_as_by_the_plain_algorithm(case):
     capacity, lengths = case

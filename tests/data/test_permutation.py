@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from llamapro.data.permutation import permutation_key, permute, permute_in_turn
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_every_index_is_hit_exactly_once(size, key):
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
 @given(st.lists(st.integers(0, 10**12 - 1), min_size=1, max_size=50, unique=True))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_large_domains_stay_in_range_and_one_to_one(indices):
     images = permute(np.array(indices), 10**12, 5)
     assert len(set(images.tolist())) == len(indices)
@@ -28,7 +28,7 @@ def test_an_index_maps_the_same_alone_and_in_company():
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_asked_in_turn_it_is_the_same_permutation(size, key, data):
     asked = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=30)), dtype=np.int64)
     assert permute_in_turn(asked, size, key).tolist() == permute(asked, size, key).tolist()

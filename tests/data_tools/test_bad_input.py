@@ -301,7 +301,7 @@ def mutated(data, mutations):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(mutations=MUTATIONS)
 def test_a_file_that_was_changed_anywhere_gives_documents_and_reasons_or_one_message(tmp_path_factory, name, mutations):
     path = tmp_path_factory.mktemp("fuzz") / name

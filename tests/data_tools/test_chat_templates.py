@@ -182,7 +182,7 @@ ANSWERS = WORDS.map(str.strip).filter(lambda text: bool(text) and not any(mark i
 
 
 @pytest.mark.parametrize("name", [*FIVE, "plain"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rounds=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=4))
 def test_what_is_learned_is_what_the_assistant_says(
     models: dict[str, Path], name: str, rounds: list[tuple[str, str]]

@@ -92,7 +92,7 @@ def test_texts_awkward_strings_and_the_edges_of_texts_have_the_ids_of_the_refere
     assert first_difference(*both[:2], [*edges, *awkward_texts(SPECIAL), *random_texts(300, seed=3)]) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(st.text(max_size=60), max_size=6))
 @pytest.mark.parametrize("kind", SWEPT)
 def test_any_batch_of_texts_has_the_ids_of_the_reference(opened, kind, texts):

@@ -35,7 +35,7 @@ def rejects(items):
     return [(item.row, item.reason) for item in items if isinstance(item, Reject)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text(alphabet="ab\u00e9 ", max_size=12), max_size=15),
     cuts=st.lists(st.integers(1, 60), max_size=4),

@@ -71,7 +71,7 @@ def test_a_fresh_expansion_holds_and_the_counts_are_right(pair: tuple[Path, Path
     ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_found_by_name(pristine: Path, data: st.DataObject) -> None:
     model = pristine / "model"

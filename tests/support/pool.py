@@ -161,11 +161,13 @@ def _redirect_output(log: str) -> None:
 def _run_job(
     function: Callable[..., Any], arguments: Sequence[Any], rank: int, world_size: int, store: str
 ) -> tuple[bool, Any]:
+    import torch
     import torch.distributed as dist
 
     from llamapro.ranks import Ranks
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.manual_seed(0)  # whatever jobs were before
     try:
         dist.init_process_group(
             "gloo",
