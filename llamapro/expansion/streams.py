@@ -39,7 +39,7 @@ def in_parallel(work: Callable[[Item, Advance], Result], items: Iterable[Item], 
 
     # One more than there are cores, because one or another waits for the disk.
     threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) + 1)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="tensors") as pool:
         futures = [pool.submit(work, item, report) for item in items]
         try:
             for future in as_completed(futures):

@@ -44,7 +44,7 @@ def test_an_error_comes_where_its_result_would_have_come():
 
 
 def test_leaving_early_ends_the_thread():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with Prefetcher((lambda: 1) for _ in range(1000)) as fetched:
         next(fetched)
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before  # what others left may end meanwhile

@@ -58,7 +58,7 @@ def test_the_first_error_is_raised_as_it_is_and_stops_the_others(fault: BaseExce
         in_parallel(work, range(1000), lambda amount: time.sleep(0.001))
     assert caught.value is fault
     assert len(started) < 10
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensors")]
 
 
 def test_an_interrupt_of_the_waiting_thread_stops_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
