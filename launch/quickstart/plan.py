@@ -127,6 +127,21 @@ def quickstart_steps(places: Places, machine: Machine, steps: int | None) -> lis
     return [*before, trained, exported, proved, compared, continued, reported]
 
 
+def _command_step(
+    name: str, stamps: Path, title: str, output: Path, command: list[str], machine: Machine, after: tuple[Step, ...]
+) -> Step:
+    """A step that runs one public command, which leaves its output whole or absent."""
+    return Step(
+        name,
+        stamps,
+        title,
+        outputs=(output,),
+        inputs=command[1:],
+        work=lambda: run_command(command, machine.environment),
+        after=after,
+    )
+
+
 def _fetch(places: Places) -> Step:
     materials = (MODEL, PHENOTYPES, WIKIPEDIA)
     return Step(
@@ -178,13 +193,13 @@ def _tokenize(places: Places, machine: Machine, name: str, license_name: str, af
         *("data", "build", "--input", places.corpus(name), "--tokenizer", places.base),
         *("--output", places.dataset(name), "--heldout", str(heldout), "--license", license_name),
     )
-    return Step(
+    return _command_step(
         f"dataset-{name}",
         places.shared_stamps,
         f"tokenizing {name}; {heldout:.0%} of its documents are held out",
-        outputs=(places.dataset(name),),
-        inputs=build[1:],
-        work=lambda: run_command(build, machine.environment),
+        places.dataset(name),
+        build,
+        machine,
         after=after,
     )
 
@@ -193,26 +208,26 @@ def _expand(places: Places, machine: Machine, base: Step) -> Step:
     expand = llamapro_command(
         *("expand", places.base, places.expanded, "--new-blocks", str(NEW_BLOCKS), "--base-id", BASE_ID, "--overwrite")
     )
-    return Step(
+    return _command_step(
         "expand",
         places.shared_stamps,
         "adding blocks that do nothing yet",
-        outputs=(places.expanded,),
-        inputs=expand[1:],
-        work=lambda: run_command(expand, machine.environment),
+        places.expanded,
+        expand,
+        machine,
         after=(base,),
     )
 
 
 def _evaluate_base(places: Places, machine: Machine, steps: int | None, after: tuple[Step, ...]) -> Step:
     evaluate = llamapro_command("evaluate", places.base, *_texts_and_size(places, steps))
-    return Step(
+    return _command_step(
         "evaluate-before",
         places.stamps,
         "measuring the base on text it will not be trained on",
-        outputs=(places.evaluation / MEASUREMENTS,),
-        inputs=evaluate[1:],
-        work=lambda: run_command(evaluate, machine.environment),
+        places.evaluation / MEASUREMENTS,
+        evaluate,
+        machine,
         after=after,
     )
 
@@ -222,13 +237,13 @@ def _evaluate_result(places: Places, machine: Machine, steps: int | None, after:
     details = ["--detail-sequences", str(min(DETAILED_SEQUENCES, _sequences(steps)))]
     common = _texts_and_size(places, steps)
     evaluate = llamapro_command("evaluate", places.export, "--compare", places.base, *details, *common)
-    return Step(
+    return _command_step(
         "evaluate-after",
         places.stamps,
         "measuring the result on the same text",
-        outputs=(places.evaluation / RESULTS_NAME,),
-        inputs=evaluate[1:],
-        work=lambda: run_command(evaluate, machine.environment),
+        places.evaluation / RESULTS_NAME,
+        evaluate,
+        machine,
         after=after,
     )
 
@@ -266,13 +281,13 @@ def _train(places: Places, machine: Machine, steps: int | None, after: tuple[Ste
 
 def _export(places: Places, machine: Machine, trained: Step) -> Step:
     export = llamapro_command("export", places.run, places.export, "--overwrite")
-    return Step(
+    return _command_step(
         "export",
         places.stamps,
         "writing the result as a plain Hugging Face model",
-        outputs=(places.export,),
-        inputs=export[1:],
-        work=lambda: run_command(export, machine.environment),
+        places.export,
+        export,
+        machine,
         after=(trained,),
     )
 
@@ -308,13 +323,13 @@ def _generate(places: Places, machine: Machine, after: tuple[Step, ...]) -> Step
 def _report(places: Places, machine: Machine, after: tuple[Step, ...]) -> Step:
     shown = ("--evaluation", places.evaluation, "--samples", places.samples)
     report = llamapro_command("report", places.run, *shown)
-    return Step(
+    return _command_step(
         "report",
         places.stamps,
         "writing the report",
-        outputs=(places.run / "report.html",),
-        inputs=report[1:],
-        work=lambda: run_command(report, machine.environment),
+        places.run / "report.html",
+        report,
+        machine,
         after=after,
     )
 
