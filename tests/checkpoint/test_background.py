@@ -44,7 +44,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     gate = threading.Event()
 
     def write(*arguments: Any) -> FileEntry:
-        assert gate.wait(120)
+        assert gate.wait(20)
         return write_rank_file(*arguments)
 
     monkeypatch.setattr(background, "write_rank_file", write)
@@ -138,13 +138,13 @@ def test_what_is_cancelled_ends_before_it_is_written_and_is_cleared_at_the_next_
     def slow(descriptor: int, piece: memoryview) -> None:
         pieces.append(piece)
         writing.set()
-        assert go_on.wait(120)
+        assert go_on.wait(20)
         write(descriptor, piece)
 
     monkeypatch.setattr(rank_file, "_write_all", slow)
     root = tmp_path / "checkpoints"
     save = begin(root, 5, SlicedState(random_values(1)), Ranks.solo())
-    assert writing.wait(120)
+    assert writing.wait(20)
     threading.Timer(0.1, go_on.set).start()
     save.cancel()
     assert save.written and len(pieces) < 10
@@ -165,7 +165,7 @@ def test_no_thread_is_left(tmp_path: Path) -> None:
     begin(tmp_path / "checkpoints", 5, SlicedState(random_values(1)), Ranks.solo()).commit()
     for thread in threading.enumerate():
         if thread.name.startswith("checkpoint"):
-            thread.join(60)
+            thread.join(5)
             assert not thread.is_alive()
 
 

@@ -102,7 +102,9 @@ def test_three_hosts_with_our_front_see_no_secret(hosts: Hosts, alone: Callable[
     words = [*OURS, "--hostfile", hosts.hostfile("three", n1=1, n2=1, n3=1), *configured(hosts, "three")]
     front = hosts.start("n1", log, *words, MLFLOW_TRACKING_TOKEN=CANARY, UCX_NET_DEVICES="eth0")
     seen: dict[str, set[str]] = {name: set() for name in hosts.names}
+    end = time.monotonic() + SECONDS
     while front.poll() is None:
+        assert time.monotonic() < end, log.read_text()
         for name, lines in seen.items():
             lines.update(hosts.processes(name, "").values())
         time.sleep(0.2)

@@ -39,7 +39,7 @@ def test_results_are_in_the_order_of_the_items_and_all_progress_is_counted() -> 
 
 
 def test_items_are_worked_on_at_the_same_time() -> None:
-    meeting = threading.Barrier(4, timeout=120)
+    meeting = threading.Barrier(4, timeout=30)
     assert len(in_parallel(lambda item, report: meeting.wait(), range(4), lambda amount: None)) == 4
 
 

@@ -66,11 +66,11 @@ def test_output_is_returned_and_failure_is_an_error() -> None:
 def test_interrupt_waits_until_every_process_has_ended(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", PARENT, sys.executable, "-c", LAUNCHER, RANK, str(tmp_path)]
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(parent.pid, number)
-    _, message = parent.communicate(timeout=120)
+    _, message = parent.communicate(timeout=30)
     assert (tmp_path / "saved").exists(), "the parent returned before the rank had saved"
     assert parent.returncode == 75
     assert "the same command continues" in message

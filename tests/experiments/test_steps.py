@@ -65,14 +65,18 @@ def test_other_inputs_make_everything_after_them_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "kept"), [("one", True), ("two", False)])
 def test_interrupted_work_continues_only_from_the_same_inputs(tmp_path: Path, first: str, *, kept: bool) -> None:
 
+    outputs: list[bool] = []
+
     def stop() -> None:
+        (tmp_path / "a").write_text("half")
         (tmp_path / "a.scratch").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make(replace(Bench(tmp_path).a, work=stop))
     later = Bench(tmp_path, first=first)
-    make(later.a)
+    make(replace(later.a, work=lambda: outputs.append((tmp_path / "a").exists())))
+    assert outputs == [kept]
     assert (tmp_path / "a.scratch").exists() is kept
 
 
@@ -123,3 +127,10 @@ def test_of_all_a_missing_one_is_made_again_alone(tmp_path: Path) -> None:
     later = Bench(tmp_path)
     make_all([later.a, later.b, later.c])
     assert later.made == ["a"]
+
+
+def test_of_all_those_that_need_nothing_of_a_changed_one_stay(tmp_path: Path) -> None:
+    first, later = Bench(tmp_path), Bench(tmp_path, first="two")
+    make_all([first.a, first.b, replace(first.c, after=())])
+    make_all([later.a, later.b, replace(later.c, after=())])
+    assert later.made == ["a", "b"]

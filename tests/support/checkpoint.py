@@ -122,7 +122,7 @@ class Meeting:
 
     def __init__(self, world_size: int) -> None:
         self._values: list[Any] = [None] * world_size
-        self._barrier = threading.Barrier(world_size, timeout=120)
+        self._barrier = threading.Barrier(world_size, timeout=20)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self._values[rank] = value

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_SECONDS = 180.0
-COLLECTIVE_TIMEOUT_SECONDS = 180.0
+COLLECTIVE_TIMEOUT_SECONDS = 60.0
 AFTER_FAILURE_SECONDS = 10.0
 LOG_TAIL_CHARACTERS = 2000
 
@@ -40,7 +40,7 @@ class WorkerPool:
         self.close()
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 300.0
+        self, function: Callable[..., Any], *arguments: Any, world_size: int = 2, timeout: float = 120.0
     ) -> list[Any]:
         """Run `function(ranks, *arguments)` on every rank of a fresh gloo group; the results in rank order.
 

@@ -18,7 +18,7 @@ import pytest
 
 from tests.support.source import ROOT
 
-SECONDS = 180.0
+SECONDS = 60.0
 # Each rank writes its process id, then what happened to it; `save` takes a while, as saving does.
 COMMON = """
 import os, signal, sys, time

@@ -34,7 +34,7 @@ from tests.support.disks import leave_mount_namespace, require_mounts, small_dis
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.training import losses, open_run, prepare, run_training, settings, state_digest
 
-SECONDS = 120
+SECONDS = 30
 RANDOM_KILLS = 50
 PROOF = "39 of 39 base tensors equal the record; max |Δlogit| at start 0"
 NO_SPACE = r"rank 1: \[Errno 28\] No space left on device"

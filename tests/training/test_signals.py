@@ -24,7 +24,7 @@ from llamapro.training.signals import watch_signals
 def say(text):
     os.write(1, (text + chr(10)).encode())
 
-def wait_for(stop, seconds=60):
+def wait_for(stop, seconds=10):
     end = time.monotonic() + seconds
     while not stop.requested and time.monotonic() < end:
         stop.heartbeat()
@@ -61,12 +61,12 @@ def program(body: str, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def outcome(child: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=15)
     return child.returncode, out, err
 
 
 POLITE = """
-with watch_signals(grace_seconds=0.3, step_timeout_seconds=60) as stop:
+with watch_signals(grace_seconds=0.3, step_timeout_seconds=10) as stop:
     say("ready")
     wait_for(stop)
     stop.acknowledge()
@@ -148,7 +148,7 @@ if os.fork():
     time.sleep(0.4)
     say("ready")
     os._exit(0)
-with watch_signals(grace_seconds=5, step_timeout_seconds=60) as stop:
+with watch_signals(grace_seconds=5, step_timeout_seconds=10) as stop:
     wait_for(stop)
     stop.acknowledge()
     Path({str(tmp_path / "reason")!r}).write_text(stop.reason)
@@ -164,7 +164,7 @@ def test_a_stop_file_is_a_request_and_an_old_one_is_not(tmp_path: Path) -> None:
     with watch_signals(grace_seconds=60, step_timeout_seconds=60, stop_file=stop_file) as stop:
         assert not stop.requested and not stop_file.exists()
         stop_file.touch()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 3
         while not stop.requested and time.monotonic() < deadline:
             time.sleep(0.05)
         assert stop.requested and stop.reason == f"{stop_file} exists"
@@ -192,7 +192,7 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         terminate = signal.getsignal(signal.SIGTERM)
-        with watch_signals(grace_seconds=60, step_timeout_seconds=60) as stop:
+        with watch_signals(grace_seconds=60, step_timeout_seconds=10) as stop:
             assert signal.getsignal(signal.SIGTERM) is not terminate
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.1)
@@ -207,7 +207,7 @@ def test_handlers_come_back_and_ignored_signals_stay_ignored() -> None:
 def test_the_watch_ends_with_the_block_even_after_an_error() -> None:
     import threading
 
-    with pytest.raises(RuntimeError), watch_signals(grace_seconds=60, step_timeout_seconds=60):
+    with pytest.raises(RuntimeError), watch_signals(grace_seconds=60, step_timeout_seconds=10):
         raise RuntimeError
     assert "signals" not in {thread.name for thread in threading.enumerate()}
 

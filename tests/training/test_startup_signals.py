@@ -65,7 +65,7 @@ def asks_to_be_started_again(
         time.sleep(after_seconds)  # until it waits indeed; a signal before that is taken as well
         program.send_signal(number)
         try:
-            _, said = program.communicate(timeout=60)
+            _, said = program.communicate(timeout=10)
         finally:
             program.kill()
     assert program.returncode == EXIT_RETRY

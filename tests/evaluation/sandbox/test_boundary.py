@@ -63,8 +63,8 @@ def test_time_is_limited_and_nothing_is_left_running() -> None:
     before = sandboxes()
     start = time.monotonic()
     assert run_program(forever, Limits(seconds=1.0)) is Verdict.TIMED_OUT
-    assert time.monotonic() - start < 60
-    deadline = time.monotonic() + 60
+    assert time.monotonic() - start < 5
+    deadline = time.monotonic() + 5
     while sandboxes() - before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not sandboxes() - before
